@@ -1,0 +1,145 @@
+// What the tests of resilience share: a proxy that is a process of its own, so
+// that what it costs can be counted from outside.
+
+#ifndef WARMPROXY_TESTS_FIGURES_HPP
+#define WARMPROXY_TESTS_FIGURES_HPP
+
+#include "support.hpp"
+
+#include <doctest/doctest.h>
+
+#include <sys/resource.h>
+
+namespace support {
+
+// Whether to go on for as long, and with as many, as a claim says; otherwise it
+// is tried within seconds.
+inline const bool in_full = environment_or("WARMPROXY_TEST_LONG", "") == "1";
+
+struct Figures {
+  std::size_t fds;
+  long threads;
+  long rss; // kB
+};
+
+// Kills a process whose number was asked for: 0, in place of one, would be all
+// of us.
+inline void kill_one(long pid) {
+  if (pid <= 1) { throw Error("there is nothing to kill"); }
+  kill(static_cast<pid_t>(pid), SIGKILL);
+}
+
+// The user and system time that a process has used so far.
+inline Milliseconds cpu_time(pid_t pid) {
+  const auto stat = read_file(proc_file(pid, "stat"));
+  std::istringstream in(stat.substr(std::min(stat.rfind(')'), stat.size())));
+  std::string skipped;
+  long user = 0, system = 0;
+  for (int i = 0; i < 12; ++i) { // ")", the state, ten numbers
+    in >> skipped;
+  }
+  in >> user >> system;
+  return Milliseconds((user + system) * 1000 / sysconf(_SC_CLK_TCK));
+}
+
+// Lets half a second pass. A process that spins uses all of that, one that
+// waits next to nothing: a quarter tells them apart on any machine.
+inline bool rests(pid_t pid) {
+  const auto before = cpu_time(pid);
+  const auto until = Clock::now() + Milliseconds(500);
+  wait_for([&] { return Clock::now() >= until; });
+  return cpu_time(pid) - before < Milliseconds(125);
+}
+
+// build/warmproxy with a status path, asked on a connection of its own.
+class Watched : public ServeProcess {
+public:
+  explicit Watched(Environment environment)
+      : ServeProcess(with_status(std::move(environment))), watcher_(port()) {}
+
+  // A value of the status, as text.
+  std::string status(const std::string &name) {
+    const auto json = watcher_.get("/-/status").body;
+    const auto at = json.find('"' + name + "\":");
+    if (at == std::string::npos) { throw Error("no " + name + " in " + json); }
+    const auto begin = at + name.size() + 3;
+    return json.substr(begin, json.find_first_of(",}", begin) - begin);
+  }
+  long number(const std::string &name) {
+    return std::atol(status(name).c_str());
+  }
+  bool reaches(const std::string &state) {
+    return wait_for([&] { return status("state") == '"' + state + '"'; });
+  }
+  // Whether nothing is left of any client but the watcher.
+  bool alone() {
+    return wait_for(
+        [&] { return number("connections") == 1 && number("in_flight") == 0; });
+  }
+  Figures figures() const {
+    return {open_fds(pid()), threads(pid()), rss_kb(pid())};
+  }
+  // Whether descriptors and threads come back to what they were: a thread ends
+  // a moment after its connection.
+  bool comes_back_to(const Figures &before) {
+    return wait_for([&] {
+      const auto now = figures();
+      return now.fds == before.fds && now.threads == before.threads;
+    });
+  }
+
+private:
+  static Environment with_status(Environment environment) {
+    environment.emplace("WARMPROXY_STATUS_PATH", "/-/status");
+    return environment;
+  }
+
+  RawClient watcher_;
+};
+
+// build/warmproxy, started by a shell that has made the room for it: it ends in
+// `exec "$@"`.
+class Within : public Process {
+public:
+  Within(const std::string &script, Environment environment,
+         const std::string &program = built("warmproxy"))
+      : Within(script, complete(std::move(environment)), program, 0) {}
+
+  int port() const { return port_; }
+
+private:
+  Within(const std::string &script, const Environment &environment,
+         const std::string &program, int)
+      : Process("/bin/sh", {"-c", script, "sh", program}, environment),
+        port_(std::atoi(environment.at("PORT").c_str())) {
+    if (!wait_for([&] { return listening(port_) || !running(); }) ||
+        !running()) {
+      throw Error("warmproxy does not listen; it said: " + err());
+    }
+  }
+
+  static Environment complete(Environment environment) {
+    environment.emplace("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    environment.emplace("HOST", "127.0.0.1");
+    environment.emplace("PORT", std::to_string(free_port()));
+    environment.emplace("WARMPROXY_STATUS_PATH", "/-/status");
+    return environment;
+  }
+
+  int port_;
+};
+
+// Raises our own limit on open files; false if there is no room for so many.
+inline bool room_for(rlim_t descriptors) {
+  rlimit files{};
+  getrlimit(RLIMIT_NOFILE, &files);
+  if (files.rlim_cur < descriptors) {
+    files.rlim_cur = files.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &files);
+  }
+  return files.rlim_cur >= descriptors;
+}
+
+} // namespace support
+
+#endif
