@@ -46,6 +46,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 #ifdef __linux__
+#include <sys/epoll.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #endif
@@ -55,7 +56,6 @@
 #include <atomic>
 #include <cerrno>
 #include <chrono>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -63,9 +63,11 @@
 #include <filesystem>
 #include <functional>
 #include <limits>
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -184,6 +186,15 @@ inline constexpr std::chrono::seconds head_limit{30};
 // A target's connection kept longer than this is as good as closed: Node and
 // uvicorn close theirs after 5 s, most after 60 s.
 inline constexpr std::chrono::seconds kept_limit{20};
+// Within this time, one is good enough also for what must not be sent twice.
+inline constexpr milliseconds fresh_limit{1000};
+// A client that sends no more has most likely gone, and is never answered then;
+// but one that only said all it had to say gets an answer that comes at once.
+inline constexpr milliseconds farewell_limit{100};
+// What one connection may move before the others have their turn.
+inline constexpr int portions_a_turn = 8;
+// Threads that serve connections: one a processor, but no more than these.
+inline constexpr unsigned max_loops = 4;
 // How often a request may be handed over before its target is to blame.
 inline constexpr int max_attempts = 5;
 
@@ -294,13 +305,66 @@ Refusal parse_request(std::string_view text, Head &head);
 // `to` is the method of the request that it answers.
 Refusal parse_response(std::string_view text, std::string_view to, Head &head);
 
-// A direction's one buffer, as large as the largest head. It is the kernel's
-// own: of its memory only what was ever filled is really there, and all of it
-// is given back, which a heap does not.
+class Connection;
+
+// A socket that a Loop watches, and what is known of it: true until a call
+// finds otherwise. So no system call is ever made in vain, nor one to ask anew.
+struct Socket {
+  Descriptor fd;
+  Connection *user = nullptr; // whom news of it are for
+  bool readable = false;
+  bool writable = true;
+  bool ended = false;  // the peer sends no more than what is here
+  bool broken = false; // nor does it read
+};
+
+// Tells which sockets have news: each is added once and is edge-triggered, for
+// to change what is asked costs as much as to read.
+class Poller {
+public:
+  Poller();
+
+  void add(Socket &socket);
+  void remove(Socket &socket);
+  // Waits until `until`, or for news; next() then gives each socket that has
+  // some, and null when that was all.
+  void wait(Clock::time_point until);
+  Socket *next();
+
+private:
+#ifdef __linux__
+  Descriptor epoll_;
+#else
+  std::vector<Socket *> sockets_;
+#endif
+  std::vector<Socket *> news_;
+  std::size_t next_ = 0;
+};
+
+// Memory for blocks. It is the kernel's own: of it only what was ever filled is
+// really there, and all of it is given back, which a heap does not. The few
+// that were used last are used next, so that they stay in the processor's
+// cache.
+class Pages {
+public:
+  Pages() = default;
+  ~Pages();
+  Pages(const Pages &) = delete;
+  Pages &operator=(const Pages &) = delete;
+
+  char *take();
+  void give(char *page);
+
+private:
+  std::vector<char *> spare_;
+};
+
+// A direction's one buffer, as large as the largest head. It has memory only
+// while there is something in it.
 class Block {
 public:
-  Block();
-  ~Block() { ::munmap(data_, max_head); }
+  explicit Block(Pages &pages) : pages_(pages) {}
+  ~Block() { clear(); }
   Block(const Block &) = delete;
   Block &operator=(const Block &) = delete;
 
@@ -308,15 +372,15 @@ public:
   bool empty() const { return begin_ == end_; }
   bool full() const { return end_ - begin_ == max_head; }
   void consume(std::size_t n);
-  void clear() { begin_ = end_ = 0; }
-  // As recv(2), to behind what is there.
-  ssize_t receive(int fd, int flags);
-  // Gives memory back that is not likely to be needed soon.
-  void rest();
+  void clear();
+  // As recv(2) that never waits, to behind what is there. `more`: a further one
+  // can find something.
+  ssize_t receive(int fd, bool &more);
 
 private:
-  char *data_;
-  std::size_t begin_ = 0, end_ = 0, filled_ = 0;
+  Pages &pages_;
+  char *data_ = nullptr;
+  std::size_t begin_ = 0, end_ = 0;
 };
 
 // A process of ours that outlives us by a moment. Should we be killed, its pipe
@@ -345,13 +409,14 @@ struct Lease {
   Lease(Lease &&) = delete;
   ~Lease();
 
-  Supervisor *owner = nullptr;
+  Supervisor *owner = nullptr;  // null: not granted yet
   std::uint64_t generation = 0; // which life of the target this is
   int port = 0;
   bool ipv6 = false;
-  bool may_stay = false; // the connection can carry a further request
-  Descriptor connection; // one that was kept; may be none
-  // If it had to wait: how long, and what the start it waited for took.
+  Descriptor proof; // the connection that proved it up, for the first to come
+  // If it had to wait: since when, how long, and what the start took.
+  Clock::time_point since{};
+  std::uint64_t failures = 0; // of starts, before it waited
   Clock::duration waited{}, spawning{}, readying{};
   std::string timing() const; // the same as a header line, if it had to
 };
@@ -369,22 +434,24 @@ public:
   Supervisor(const Supervisor &) = delete;
   Supervisor &operator=(const Supervisor &) = delete;
 
-  // What acquire() came to: status 0 and the lease, or the answer to give.
+  // What acquire() came to: the lease is granted, or has to be asked for again
+  // after a change, or `status` and what follows is the answer to give.
   struct Result {
+    bool pending = false;
     int status = 0;
-    std::string reason;
+    std::string reason; // "": it is still starting, though `until` has come
     milliseconds retry_after{0};
-    bool waiting = false;     // still starting when `until` had come,
-    Clock::duration waited{}; // and for how long it has been
+    Clock::duration waited{}; // for how long it has been
   };
-  // Waits until the target is up, starting it where need be, and as long as
-  // `client` is there (else status 499). No connection is lent that was kept
-  // for longer than `oldest`.
-  Result acquire(Lease &lease, int client, Clock::time_point until,
-                 milliseconds oldest);
+  // Starts the target where need be.
+  Result acquire(Lease &lease, Clock::time_point until);
+  // What to call, from any thread, when it may be worth to ask again.
+  void on_change(std::function<void()> tell);
+  // Whether this life of the target goes on.
+  bool is_up(std::uint64_t generation) const;
   // The target behind this lease did not answer: is it still there?
   void suspect(const Lease &lease);
-  void release(Lease &lease);
+  void release();
   // Start it now.
   void warm();
   // Stop it, for good. Does not wait.
@@ -393,10 +460,6 @@ public:
 
 private:
   enum class State { cold, starting, up, stopping };
-  struct Kept {
-    Descriptor connection;
-    Clock::time_point since;
-  };
   using Lock = std::unique_lock<std::mutex>;
 
   void run();
@@ -412,6 +475,7 @@ private:
   bool exited();
   bool group_ended() const;
   void fail(Lock &lock, int status, std::string reason);
+  void changed();
   milliseconds next_pause() const;
   bool nap(Clock::time_point until, int fd = -1);
   void nap(Lock &lock, Clock::time_point until);
@@ -431,7 +495,7 @@ private:
 
   // Everybody's, under mutex_.
   mutable std::mutex mutex_;
-  std::condition_variable changed_;
+  std::function<void()> tell_;
   State state_ = State::cold;
   bool wanted_ = false, suspected_ = false;
   std::atomic<bool> quit_{false};
@@ -441,13 +505,17 @@ private:
   std::uint64_t generation_ = 0, starts_ = 0, requests_ = 0;
   Clock::time_point started_; // written by the thread alone
   std::size_t in_flight_ = 0;
-  std::vector<Kept> kept_;
+  Descriptor proof_;           // a connection that proved it up,
+  Clock::time_point proved_{}; // and when
   Clock::time_point last_use_, up_since_;
   Clock::duration spawning_{}, readying_{};
   std::string last_exit_;
   std::uint64_t failures_ = 0; // starts that came to nothing,
-  Result failure_;             // the last one,
-  milliseconds pause_{0};      // and how long to leave it alone after it
+  struct {
+    int status = 0;
+    std::string reason;
+  } failure_;             // the last one,
+  milliseconds pause_{0}; // and how long to leave it alone after it
   Clock::time_point not_before_{};
 
   std::thread thread_;
@@ -471,7 +539,74 @@ private:
   Descriptor socket_;
 };
 
+// A connection to the target, in use or kept for the next request.
+struct Upstream : Socket {
+  std::uint64_t generation = 0; // of the target
+  Clock::time_point since{};    // when it was kept
+};
+
 class Connection;
+class Listener;
+
+// One thread, and the connections that are its own: whatever has news goes on
+// until it would have to wait.
+class Loop {
+public:
+  explicit Loop(Listener &listener);
+  ~Loop();
+  Loop(const Loop &) = delete;
+  Loop &operator=(const Loop &) = delete;
+
+  // From any thread: here is a connection to serve; look what has changed, with
+  // the target or the Listener; or just wake up.
+  void adopt(Descriptor client, std::string peer, bool crowded);
+  void tell();
+  void wake();
+  std::size_t size() const { return size_; }
+
+  // From its own: waits for news, until `until` at the latest, and deals with
+  // them.
+  void turn(Clock::time_point until);
+  Clock::time_point now() const { return now_; } // when this turn began
+  void watch(Socket &socket) { poller_.add(socket); }
+  void forget(Socket &socket) { poller_.remove(socket); }
+  // A connection of this life of the target, kept for less than `oldest`; null
+  // if there is none. With `care`, it has said nothing this very moment.
+  std::unique_ptr<Upstream> take(std::uint64_t generation, milliseconds oldest,
+                                 bool care);
+  void keep(std::unique_ptr<Upstream> upstream);
+  void drop(std::unique_ptr<Upstream> upstream);
+
+  Listener &listener;
+  Pages pages;
+
+private:
+  struct Arrival {
+    Descriptor client;
+    std::string peer;
+    bool crowded;
+  };
+
+  void greet();
+  void attend();
+  void go_on(Connection &connection);
+  void schedule(Connection &connection, Clock::time_point when);
+  void end(Connection &connection);
+  void look_at_kept(const Socket &socket);
+
+  Poller poller_;
+  Socket woken_;
+  Descriptor wake_;
+  std::atomic<bool> told_{false};
+  std::mutex mutex_; // of arrivals_
+  std::vector<Arrival> arrivals_;
+  std::atomic<std::size_t> size_{0}; // with those that arrive
+
+  Clock::time_point now_ = Clock::now();
+  std::list<Connection> connections_;
+  std::set<std::pair<Clock::time_point, Connection *>> timers_;
+  std::vector<std::unique_ptr<Upstream>> kept_; // the last one last
+};
 
 // Binding and the socket are httplib::Server's. Its accept loop is not used: it
 // ends for good when a client resets before it was accepted (ECONNABORTED), and
@@ -487,9 +622,9 @@ public:
   bool run();
   void stop();
 
-  void enter(Connection &connection);
-  void leave(Connection &connection);
+  void left(); // a connection has
   bool draining() const { return draining_; }
+  bool cutting() const { return cutting_; }
   std::size_t connections() const;
 
   const warmproxy::Options &options; // Options alone is a method of httplib's
@@ -500,45 +635,59 @@ public:
 
 private:
   std::size_t capacity() const;
-  void serve(Descriptor client, const sockaddr_storage &peer);
+  bool accept();
+  void tell_all();
 
-  mutable std::mutex mutex_;
-  std::condition_variable left_;
-  std::set<Connection *> connections_;
-  std::atomic<bool> draining_{false};
-  std::atomic<bool> full_{false};
+  std::vector<std::unique_ptr<Loop>> loops_; // the first one accepts, too
+  std::size_t running_ = 1;                  // of them
+  Socket listening_;
+  Clock::time_point paused_until_{};
+  std::atomic<bool> draining_{false}, cutting_{false}, waiting_for_room_{false};
+  bool full_ = false;
 };
 
 // One client's connection: its requests, one after the other.
 class Connection {
 public:
-  Connection(Listener &listener, Descriptor client, std::string peer);
+  Connection(Loop &loop, Descriptor client, std::string peer, bool crowded);
   ~Connection();
   Connection(const Connection &) = delete;
   Connection &operator=(const Connection &) = delete;
 
-  void run();
-  void refuse(); // reads a request and answers 503
-  void wake_if_idle();
-  void cut();
-  // Answers with a line of plain text, with a small page for who asked for one,
-  // or with `body`. `lines` are further header lines.
-  void say(int status, std::string_view reason, std::string_view lines = {},
-           std::string_view body = {}, std::string_view type = {});
+  // What becomes of it: the next stage goes on at once, or after all others had
+  // their turn; or nothing can be done before there is news; or it is over.
+  enum class Step { again, soon, wait, end };
+
+  // Does all that can be done without waiting. Never returns `again`.
+  Step go_on();
+  // When to go on even without news.
+  Clock::time_point deadline() const { return deadline_; }
+  // Whether Loop::tell() is for it: it waits for the target to be up, or can be
+  // asked to leave.
+  bool is_to_be_told() const {
+    return stage_ == Stage::waiting || stage_ == Stage::reading;
+  }
+
+  // The Loop's.
+  std::list<Connection>::iterator self;
+  Clock::time_point scheduled = Clock::time_point::max();
 
 private:
+  enum class Stage { reading, waiting, exchanging, answering, lingering };
   // One direction of an exchange: `head` goes out first, then what `framing`
   // lets pass of `block`.
   struct Flow {
-    Flow(int destination, Block &source) : to(destination), block(source) {}
+    explicit Flow(Block &source) : block(source) {}
 
+    void begin();
     bool pending() const { return sent < head.size() || passed > 0; }
+    bool can_push() const { return pending() && to->writable && !stopped; }
     bool finished() const { return framing.done() && !pending(); }
     void pass();
-    bool push(int flags);
+    bool push();
 
-    int to;
     Block &block;
+    Socket *to = nullptr;
     std::string head;
     std::size_t sent = 0;   // of head
     std::size_t passed = 0; // of block
@@ -548,43 +697,80 @@ private:
     bool unframe = false; // pass the content of chunks, not the chunks
   };
   enum class Outcome {
-    answered,  // in full
-    no_answer, // not a byte of one; `Flow::moved` tells if the target got any
+    pending,    // of news
+    unfinished, // but others should have their turn
+    answered,   // in full
+    no_answer,  // not a byte of one; `Flow::moved` tells if the target got any
     bad_answer,
     bad_request, // malformed in the middle of its body
     cut          // one side is gone; nothing more can be said
   };
 
-  bool read_request();
-  bool exchange();
-  bool answer_here();
-  void hand_over();
-  Outcome pump(Lease &lease, Flow &up, Flow &down);
-  Outcome read_answer(const Lease &lease, Flow &up, Flow &down);
+  void await_request();
+  Step read_request();
+  Step begin();
+  Step ask_for_target();
+  Step await_target();
+  Step connect();
+  bool can_hear() const;
+  bool hear();
+  bool dial(milliseconds patience);
+  void use(Descriptor fd);
+  Step no_answer();
+  Step exchange();
+  Outcome pump();
+  Outcome read_answer();
+  Step send_own_answer();
+  Step finish();
+  Step linger();
+  void let_go();
   void write_request_head(std::string &out) const;
-  void write_answer_head(const Lease &lease, bool keep, std::string &out);
+  void write_answer_head(bool keep, std::string &out);
   void write_cors(std::string &out) const;
   void end_invocation();
   bool cacheable() const;
-  void say_failure(const Supervisor::Result &result);
-  void say_status();
+  // Answers with a line of plain text, with a small page for who asked for one,
+  // or with `body`. `lines` are further header lines.
+  Step say(int status, std::string_view reason, std::string_view lines = {},
+           std::string_view body = {}, std::string_view type = {});
+  Step say_failure(const Supervisor::Result &result);
+  Step say_status();
   bool wants_page() const;
   bool in_chinese() const;
-  void linger();
 
+  Loop &loop_;
   Listener &listener_;
   const Options &options_;
-  Descriptor client_;
   const std::string peer_;
+  const bool crowded_; // one too many: it is only told so
+  Socket client_;
   Block from_client_, from_target_;
+  Stage stage_ = Stage::reading;
+  Clock::time_point deadline_{};
+
+  std::size_t seen_ = 0; // of a head that is not complete
+  bool in_head_ = false;
   std::string request_text_;
   Head request_, answer_;
-  bool answering_ = false; // the final head is composed
-  bool interim_ = false;   // a 1xx was passed on
-  bool keep_ = false;      // the client's connection outlives this exchange
-  bool cut_ = false;       // it is to be closed without ceremony
+
+  std::optional<Lease> lease_;
+  std::unique_ptr<Upstream> upstream_;
+  Flow up_{from_client_}, down_{from_target_};
+  int attempt_ = 0;
+  bool repeatable_ = false;           // the target may get it twice
+  bool reused_ = false;               // upstream_ was
+  Clock::time_point page_after_{};    // when who waits is shown a page
+  milliseconds patience_{0};          // with a connection that was dialled,
+  Clock::time_point dial_again_at_{}; // and until when
+  Clock::time_point linger_until_{};
+
+  bool client_ended_ = false;   // it sends no more,
+  Clock::time_point gone_at_{}; // and is then taken to have gone
+  bool answering_ = false;      // the final head is composed
+  bool interim_ = false;        // a 1xx was passed on
+  bool keep_ = false; // the client's connection outlives this exchange
+  bool cut_ = false;  // it is to be closed without ceremony
   bool invocation_owed_ = false; // the platform waits to hear of its end
-  std::atomic<bool> idle_{true};
 };
 
 } // namespace detail
@@ -1094,36 +1280,6 @@ inline Refusal parse_response(std::string_view text, std::string_view to,
  * Sockets
  */
 
-inline Block::Block() {
-  const auto memory = ::mmap(nullptr, max_head, PROT_READ | PROT_WRITE,
-                             MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) { throw std::bad_alloc(); }
-  data_ = static_cast<char *>(memory);
-}
-
-inline void Block::consume(std::size_t n) {
-  begin_ += n;
-  if (begin_ == end_) { clear(); }
-}
-
-inline ssize_t Block::receive(int fd, int flags) {
-  if (end_ == max_head) {
-    std::memmove(data_, data_ + begin_, end_ - begin_);
-    end_ -= std::exchange(begin_, 0);
-  }
-  const auto n =
-      ::recv(fd, data_ + end_, std::min(max_portion, max_head - end_), flags);
-  if (n > 0) { end_ += static_cast<std::size_t>(n); }
-  filled_ = std::max(filled_, end_);
-  return n;
-}
-
-inline void Block::rest() {
-  if (!empty() || filled_ <= 16384) { return; }
-  ::madvise(data_, max_head, MADV_DONTNEED);
-  filled_ = 0;
-}
-
 // Closes all descriptors from `first` on: now, or with execve.
 inline void close_from(int first, bool with_exec) {
 #if defined(__linux__) && defined(SYS_close_range)
@@ -1187,17 +1343,166 @@ bool wait_for(pollfd (&fds)[N], Clock::time_point until) {
 #endif
 }
 
+// What poll(2) and its like take: milliseconds, never too few; -1 for ever.
+inline int milliseconds_to(Clock::time_point until) {
+  if (until == Clock::time_point::max()) { return -1; }
+  const auto left = std::chrono::ceil<milliseconds>(until - Clock::now());
+  return static_cast<int>(std::clamp<std::int64_t>(
+      left.count(), 0, std::numeric_limits<int>::max()));
+}
+
+#ifdef __linux__
+inline Poller::Poller() : epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
+  if (!epoll_) {
+    throw std::system_error(errno, std::generic_category(), "epoll_create1");
+  }
+}
+
+inline void Poller::add(Socket &socket) {
+  epoll_event event{};
+  event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET;
+  event.data.ptr = &socket;
+  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, socket.fd.get(), &event) != 0) {
+    throw std::system_error(errno, std::generic_category(), "epoll_ctl");
+  }
+}
+
+// Has to be said although it will be closed: a child that was just forked can
+// hold it open until execve(2), and it would go on to be told of.
+inline void Poller::remove(Socket &socket) {
+  ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, socket.fd.get(), nullptr);
+  std::replace(news_.begin(), news_.end(), &socket,
+               static_cast<Socket *>(nullptr));
+}
+
+inline void Poller::wait(Clock::time_point until) {
+  epoll_event events[256];
+  const int n = ::epoll_wait(epoll_.get(), events, 256, milliseconds_to(until));
+  news_.clear();
+  next_ = 0;
+  for (int i = 0; i < n; ++i) {
+    const auto what = events[i].events;
+    auto &socket = *static_cast<Socket *>(events[i].data.ptr);
+    socket.broken |= (what & (EPOLLHUP | EPOLLERR)) != 0;
+    socket.ended |= socket.broken || (what & EPOLLRDHUP);
+    socket.readable |= socket.ended || (what & EPOLLIN);
+    socket.writable |= socket.broken || (what & EPOLLOUT);
+    news_.push_back(&socket);
+  }
+}
+#else
+inline Poller::Poller() = default;
+
+inline void Poller::add(Socket &socket) { sockets_.push_back(&socket); }
+
+inline void Poller::remove(Socket &socket) {
+  sockets_.erase(std::remove(sockets_.begin(), sockets_.end(), &socket),
+                 sockets_.end());
+  std::replace(news_.begin(), news_.end(), &socket,
+               static_cast<Socket *>(nullptr));
+}
+
+inline void Poller::wait(Clock::time_point until) {
+  std::vector<pollfd> fds;
+  for (const auto socket : sockets_) {
+    fds.push_back({socket->fd.get(),
+                   static_cast<short>((socket->readable ? 0 : POLLIN) |
+                                      (socket->writable ? 0 : POLLOUT)),
+                   0});
+    if (!fds.back().events) { fds.back().fd = -1; } // all is known of it
+  }
+  news_.clear();
+  next_ = 0;
+  if (::poll(fds.data(), static_cast<nfds_t>(fds.size()),
+             milliseconds_to(until)) <= 0) {
+    return;
+  }
+  for (std::size_t i = 0; i < fds.size(); ++i) {
+    const auto what = fds[i].revents;
+    auto &socket = *sockets_[i];
+    if (!what) { continue; }
+    socket.broken |= (what & (POLLHUP | POLLERR | POLLNVAL)) != 0;
+    socket.ended |= socket.broken;
+    socket.readable |= socket.ended || (what & POLLIN);
+    socket.writable |= socket.broken || (what & POLLOUT);
+    news_.push_back(&socket);
+  }
+}
+#endif
+
+inline Socket *Poller::next() {
+  while (next_ < news_.size()) {
+    if (const auto socket = news_[next_++]) { return socket; }
+  }
+  return nullptr;
+}
+
+inline Pages::~Pages() {
+  for (const auto page : spare_) {
+    ::munmap(page, max_head);
+  }
+}
+
+inline char *Pages::take() {
+  if (!spare_.empty()) {
+    const auto page = spare_.back();
+    spare_.pop_back();
+    return page;
+  }
+  const auto memory = ::mmap(nullptr, max_head, PROT_READ | PROT_WRITE,
+                             MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) { throw std::bad_alloc(); }
+  return static_cast<char *>(memory);
+}
+
+inline void Pages::give(char *page) {
+  if (spare_.size() < 16) {
+    spare_.push_back(page);
+  } else {
+    ::munmap(page, max_head);
+  }
+}
+
+inline void Block::consume(std::size_t n) {
+  begin_ += n;
+  if (begin_ == end_) { clear(); }
+}
+
+inline void Block::clear() {
+  begin_ = end_ = 0;
+  if (data_) { pages_.give(std::exchange(data_, nullptr)); }
+}
+
+inline ssize_t Block::receive(int fd, bool &more) {
+  if (!data_) { data_ = pages_.take(); }
+  if (end_ == max_head) {
+    std::memmove(data_, data_ + begin_, end_ - begin_);
+    end_ -= std::exchange(begin_, 0);
+  }
+  const auto room = std::min(max_portion, max_head - end_);
+  const auto n = ::recv(fd, data_ + end_, room, MSG_DONTWAIT);
+  const int error = errno;
+  const auto got = n > 0 ? static_cast<std::size_t>(n) : 0;
+  end_ += got;
+  more =
+      n == 0 || got == room; // there can be more only where there was no room
+  if (empty()) { clear(); }
+  errno = error;
+  return n;
+}
+
+inline ssize_t receive(Socket &from, Block &to) {
+  const auto n = to.receive(from.fd.get(), from.readable);
+  // Behind the last bytes there is an end, of which there is no further news.
+  from.readable |= from.ended;
+  return n;
+}
+
 // Whether a kept connection has neither been closed nor said a word.
 inline bool is_silent(int fd) {
   char byte = 0;
   return ::recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 &&
          would_block(errno);
-}
-
-inline bool has_gone(int fd) {
-  char byte = 0;
-  const auto n = ::recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
-  return n == 0 || (n < 0 && !would_block(errno));
 }
 
 struct Address {
@@ -1232,38 +1537,33 @@ inline Descriptor new_socket(int family) {
 #endif
 }
 
-// A connection to the target, or none and errno.
-inline Descriptor connect_to_target(bool ipv6, int port) {
-  // A loopback connect that takes longer has met a full backlog, and the kernel
-  // would try again after 1 s, 3 s, 7 s: asking anew gets in as soon as there
-  // is room, which 200 first requests at once need.
-  for (auto patience = milliseconds(20); patience < milliseconds(20000);
-       patience *= 2) {
-    auto fd = new_socket(ipv6 ? AF_INET6 : AF_INET);
-    if (!fd) { return fd; }
-    set_option(fd.get(), IPPROTO_TCP, TCP_NODELAY, 1);
+// A connection to the target, or none and errno. With `patience` it is tried
+// for so long; without, it may not be there yet.
+inline Descriptor connect_to_target(bool ipv6, int port,
+                                    milliseconds patience) {
+  auto fd = new_socket(ipv6 ? AF_INET6 : AF_INET);
+  if (!fd) { return fd; }
+  set_option(fd.get(), IPPROTO_TCP, TCP_NODELAY, 1);
+  if (patience.count()) {
     set_timeout(fd.get(), SO_SNDTIMEO, patience);
-    // How long a request is waited for blindly, which spares a poll(2), before
-    // we also look whether its client is still there.
-    set_timeout(fd.get(), SO_RCVTIMEO, milliseconds(20));
-    Address address(ipv6, port), self(ipv6, 0);
-    if (::connect(fd.get(), address.get(), address.size) == 0) {
-      // A connect to a port in the ephemeral range where nobody listens can be
-      // given that very port as its own, and then has met itself. Reset, or the
-      // port would stay taken for a minute.
-      ::getsockname(fd.get(), self.get(), &self.size);
-      if (std::memcmp(&self.storage, &address.storage, address.size) != 0) {
-        return fd;
-      }
-      reset_on_close(fd.get());
-      fd.reset();
-      errno = ECONNREFUSED;
-      return fd;
-    }
-    if (errno != EINPROGRESS && !would_block(errno)) { return {}; }
+  } else {
+    ::fcntl(fd.get(), F_SETFL, O_NONBLOCK);
   }
-  errno = ETIMEDOUT;
-  return {};
+  Address address(ipv6, port), self(ipv6, 0);
+  if (::connect(fd.get(), address.get(), address.size) != 0) {
+    if (errno == EINPROGRESS && patience.count()) { errno = ETIMEDOUT; }
+    if (errno != EINPROGRESS) { return {}; }
+  }
+  // A connect to a port in the ephemeral range where nobody listens can be
+  // given that very port as its own, and then has met itself. Reset, or the
+  // port would stay taken for a minute.
+  ::getsockname(fd.get(), self.get(), &self.size);
+  if (std::memcmp(&self.storage, &address.storage, address.size) == 0) {
+    reset_on_close(fd.get());
+    fd.reset();
+    errno = ECONNREFUSED;
+  }
+  return fd;
 }
 
 inline int free_port() {
@@ -1298,12 +1598,14 @@ inline Listener::Listener(const warmproxy::Options &o, const Log &l,
   // would take half the connections and never be noticed.
   set_socket_options(
       [](socket_t fd) { set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1); });
+  const auto cores = std::thread::hardware_concurrency();
+  for (unsigned i = 0; i < std::clamp(cores, 1U, max_loops); ++i) {
+    loops_.push_back(std::make_unique<Loop>(*this));
+  }
+  supervisor.on_change([this] { tell_all(); });
 }
 
-inline Listener::~Listener() {
-  const auto fd = svr_sock_.exchange(INVALID_SOCKET);
-  if (fd != INVALID_SOCKET) { ::close(fd); }
-}
+inline Listener::~Listener() { supervisor.on_change({}); }
 
 inline int Listener::bind(const std::string &host, int port) {
   if (!port) {
@@ -1312,89 +1614,90 @@ inline int Listener::bind(const std::string &host, int port) {
     port = -1;
   }
   if (port < 0) { return port; }
-  const int listening = svr_sock_;
+  listening_.fd.reset(svr_sock_.exchange(INVALID_SOCKET));
+  const int fd = listening_.fd.get();
+  ::fcntl(fd, F_SETFL, O_NONBLOCK);
   // httplib's backlog is 5 in old releases: the sixth of many first requests at
   // once would have to wait a second for its next SYN.
-  ::listen(listening, SOMAXCONN);
+  ::listen(fd, SOMAXCONN);
   // What is set here, accepted connections inherit (on Linux).
-  set_option(listening, IPPROTO_TCP, TCP_NODELAY, 1);
-  set_option(listening, SOL_SOCKET, SO_KEEPALIVE, 1); // finds clients that died
+  set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+  set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1); // finds clients that died
 #ifdef __linux__
-  set_option(listening, IPPROTO_TCP, TCP_KEEPIDLE, 60);
+  set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, 60);
 #endif
   return port;
 }
 
 inline bool Listener::run() {
-  const int listening = svr_sock_;
-  if (listening == INVALID_SOCKET) { return false; }
-  bool good = true;
-  for (;;) {
-    {
-      // Beyond the limit there is room for a few, to be told 503; when that is
-      // taken too, the rest wait in the backlog.
-      std::unique_lock<std::mutex> lock(mutex_);
-      left_.wait(lock, [&] {
-        return draining_ || connections_.size() < capacity() + 16;
+  if (!listening_.fd) { return false; }
+  auto &first = *loops_.front();
+  std::atomic<bool> over{false};
+  std::vector<std::thread> threads;
+  try {
+    while (running_ < loops_.size()) {
+      threads.emplace_back([&over, &loop = *loops_[running_]] {
+        while (!over) {
+          loop.turn(Clock::time_point::max());
+        }
       });
+      ++running_;
     }
-    if (draining_) { break; }
-    sockaddr_storage peer{};
-    socklen_t size = sizeof(peer);
-#ifdef SOCK_CLOEXEC
-    Descriptor client(::accept4(listening, reinterpret_cast<sockaddr *>(&peer),
-                                &size, SOCK_CLOEXEC));
-#else
-    Descriptor client(
-        ::accept(listening, reinterpret_cast<sockaddr *>(&peer), &size));
-#endif
-    if (draining_) { break; }
-    if (client) {
-      serve(std::move(client), peer);
-    } else if (errno == EBADF || errno == EINVAL || errno == ENOTSOCK) {
-      good = false;
-      break;
-    } else if (errno != EINTR && errno != ECONNABORTED) {
-      // Out of descriptors or memory (EMFILE, ENFILE, ENOBUFS, ENOMEM): the end
-      // of a connection is what can help.
-      std::unique_lock<std::mutex> lock(mutex_);
-      left_.wait_for(lock, milliseconds(100));
-    }
+  } catch (const std::system_error &) {} // no more threads: fewer will do
+
+  first.watch(listening_);
+  bool good = true;
+  while (good && !draining_) {
+    first.turn(listening_.readable && !waiting_for_room_
+                   ? paused_until_
+                   : Clock::time_point::max());
+    good = accept();
   }
-  std::unique_lock<std::mutex> lock(mutex_);   // stop() uses the descriptor
-  ::close(svr_sock_.exchange(INVALID_SOCKET)); // who connects now is refused
-  const auto gone = [this] { return connections_.empty(); };
-  if (!left_.wait_for(lock, options.stop_timeout, gone)) {
-    const auto count = connections_.size();
-    for (const auto connection : connections_) {
-      connection->cut();
+  first.forget(listening_);
+  listening_.fd.reset(); // who connects now is refused
+  draining_ = true;
+  tell_all();
+  const auto until = Clock::now() + options.stop_timeout;
+  while (const auto count = connections()) {
+    if (Clock::now() >= until && !cutting_) {
+      log(concat("cut ", std::to_string(count),
+                 " connections that did not end in ",
+                 in_seconds(options.stop_timeout), " s"));
+      cutting_ = true;
+      tell_all();
     }
-    lock.unlock();
-    log(concat("cut ", std::to_string(count),
-               " connections that did not end in ",
-               in_seconds(options.stop_timeout), " s"));
-    supervisor.quit(); // for those who wait for a start
-    lock.lock();
-    left_.wait(lock, gone);
+    first.turn(cutting_ ? Clock::time_point::max() : until);
+  }
+  over = true;
+  tell_all();
+  for (auto &thread : threads) {
+    thread.join();
   }
   supervisor.quit();
   return good;
 }
 
 inline void Listener::stop() {
-  const std::lock_guard<std::mutex> lock(mutex_);
   draining_ = true;
-  for (const auto connection : connections_) {
-    connection->wake_if_idle();
+  tell_all();
+}
+
+inline void Listener::tell_all() {
+  for (const auto &loop : loops_) {
+    loop->tell();
   }
-  left_.notify_all();
-  const int fd = svr_sock_;
-  if (fd != INVALID_SOCKET) { ::shutdown(fd, SHUT_RDWR); } // ends accept(2)
+}
+
+inline void Listener::left() {
+  if (waiting_for_room_ || draining_) { loops_.front()->wake(); }
 }
 
 inline std::size_t Listener::connections() const {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  return connections_.size();
+  std::size_t count = 0;
+  for (const auto &loop : loops_) {
+    count += loop->size();
+  }
+  return count;
 }
 
 // Two descriptors a connection, and some for the rest of us.
@@ -1422,131 +1725,492 @@ inline std::string address_text(const sockaddr_storage &peer) {
                                                           : text;
 }
 
-inline void Listener::serve(Descriptor client, const sockaddr_storage &peer) {
-  const bool crowded = connections() >= capacity();
-  if (crowded && !full_.exchange(true)) {
-    log(concat("more than ", std::to_string(capacity()),
-               " connections: further ones are answered 503"));
+// Takes what has come, and hands it to the Loop that has least to do. False if
+// nothing can be accepted any more.
+inline bool Listener::accept() {
+  const auto now = loops_.front()->now();
+  for (int i = 0; i < 64 && listening_.readable && now >= paused_until_; ++i) {
+    // Beyond the limit there is room for a few, to be told 503; when that is
+    // taken too, the rest wait in the backlog.
+    waiting_for_room_ = true; // before we count, or who leaves would not tell
+    if (connections() >= capacity() + 16) { break; }
+    waiting_for_room_ = false;
+    sockaddr_storage peer{};
+    socklen_t size = sizeof(peer);
+    const auto address = reinterpret_cast<sockaddr *>(&peer);
+#ifdef SOCK_CLOEXEC
+    Descriptor client(
+        ::accept4(listening_.fd.get(), address, &size, SOCK_CLOEXEC));
+#else
+    Descriptor client(::accept(listening_.fd.get(), address, &size));
+#endif
+    if (client) {
+      const auto count = connections();
+      const bool crowded = count >= capacity();
+      if (crowded && !full_) {
+        log(concat("more than ", std::to_string(count),
+                   " connections: further ones are answered 503"));
+      }
+      full_ = crowded;
+      const auto end = loops_.begin() + static_cast<std::ptrdiff_t>(running_);
+      const auto least = std::min_element(
+          loops_.begin(), end,
+          [](const auto &a, const auto &b) { return a->size() < b->size(); });
+      (*least)->adopt(std::move(client), address_text(peer), crowded);
+    } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
+      listening_.readable = false;
+    } else if (errno == EBADF || errno == EINVAL || errno == ENOTSOCK) {
+      return false;
+    } else if (errno != EINTR && errno != ECONNABORTED) {
+      // Out of descriptors or memory (EMFILE, ENFILE, ENOBUFS, ENOMEM): the end
+      // of a connection is what can help.
+      paused_until_ = now + milliseconds(100);
+    }
   }
-  full_ = crowded;
-  std::shared_ptr<Connection> connection;
+  return true;
+}
+
+/*
+ * Loop
+ */
+
+inline Loop::Loop(Listener &l) : listener(l) {
+  if (!make_pipe(woken_.fd, wake_)) {
+    throw std::system_error(errno, std::generic_category(), "pipe");
+  }
+  ::fcntl(woken_.fd.get(), F_SETFL, O_NONBLOCK);
+  ::fcntl(wake_.get(), F_SETFL, O_NONBLOCK);
+  poller_.add(woken_);
+}
+
+inline Loop::~Loop() = default; // where Connection is complete
+
+inline void Loop::adopt(Descriptor client, std::string peer, bool crowded) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    arrivals_.push_back({std::move(client), std::move(peer), crowded});
+    ++size_;
+  }
+  wake();
+}
+
+inline void Loop::tell() {
+  told_ = true;
+  wake();
+}
+
+inline void Loop::wake() {
+  if (::write(wake_.get(), "", 1) < 0) {} // full: it is awake
+}
+
+inline void Loop::turn(Clock::time_point until) {
+  if (!timers_.empty()) { until = std::min(until, timers_.begin()->first); }
+  if (!kept_.empty()) {
+    until = std::min(until, kept_.front()->since + kept_limit);
+  }
+  poller_.wait(until);
+  now_ = Clock::now();
+
+  bool woken = false;
+  while (const auto socket = poller_.next()) {
+    if (socket->user) {
+      go_on(*socket->user);
+    } else if (socket == &woken_) {
+      woken = true;
+    } else {
+      look_at_kept(*socket);
+    }
+  }
+  if (woken) {
+    char bytes[64];
+    while (::read(woken_.fd.get(), bytes, sizeof(bytes)) > 0) {}
+    woken_.readable = false;
+    greet();
+    if (told_.exchange(false)) { attend(); }
+  }
+  while (!timers_.empty() && timers_.begin()->first <= now_) {
+    auto &connection = *timers_.begin()->second;
+    timers_.erase(timers_.begin());
+    connection.scheduled = Clock::time_point::max();
+    go_on(connection);
+  }
+  while (!kept_.empty() && now_ - kept_.front()->since >= kept_limit) {
+    drop(std::move(kept_.front()));
+    kept_.erase(kept_.begin());
+  }
+}
+
+// Takes in the connections that were handed over.
+inline void Loop::greet() {
+  std::vector<Arrival> arrivals;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    arrivals.swap(arrivals_);
+  }
+  for (auto &arrival : arrivals) {
+    try {
+      connections_.emplace_back(*this, std::move(arrival.client),
+                                std::move(arrival.peer), arrival.crowded);
+    } catch (const std::exception &error) { // no memory, or no watch
+      listener.log(concat("cannot serve a connection: ", error.what()));
+      --size_;
+      listener.left();
+      continue;
+    }
+    connections_.back().self = std::prev(connections_.end());
+    schedule(connections_.back(), connections_.back().deadline());
+  }
+}
+
+inline void Loop::attend() {
+  for (auto next = connections_.begin(); next != connections_.end();) {
+    auto &connection = *next++;
+    if (listener.cutting()) {
+      end(connection);
+    } else if (connection.is_to_be_told()) {
+      go_on(connection);
+    }
+  }
+  // A target that is to end may wait for its connections to do so first.
+  while (!kept_.empty() &&
+         !listener.supervisor.is_up(kept_.back()->generation)) {
+    drop(std::move(kept_.back()));
+    kept_.pop_back();
+  }
+}
+
+inline void Loop::go_on(Connection &connection) {
+  auto step = Connection::Step::end;
   try {
-    connection = std::make_shared<Connection>(*this, std::move(client),
-                                              address_text(peer));
-    std::thread([connection, crowded] {
-      crowded ? connection->refuse() : connection->run();
-    }).detach();
-  } catch (const std::exception &error) { // no memory, or no thread
-    log(concat("cannot serve a connection: ", error.what()));
-    if (connection) { connection->say(503, "no thread", "Retry-After: 1\r\n"); }
+    step = connection.go_on();
+  } catch (const std::exception &error) { // no memory
+    listener.log(concat("a connection was cut: ", error.what()));
+  }
+  switch (step) {
+  case Connection::Step::end: return end(connection);
+  case Connection::Step::soon: // not within this turn
+    return schedule(connection, now_ + std::chrono::nanoseconds(1));
+  default: return schedule(connection, connection.deadline());
   }
 }
 
-inline void Listener::enter(Connection &connection) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  connections_.insert(&connection);
+// Sees to it that it goes on then, or sooner. When the time comes, who has a
+// later one by now is scheduled anew: so a deadline that is put off with every
+// request costs nothing.
+inline void Loop::schedule(Connection &connection, Clock::time_point when) {
+  if (when >= connection.scheduled) { return; }
+  timers_.erase({connection.scheduled, &connection});
+  connection.scheduled = when;
+  timers_.insert({when, &connection});
 }
 
-inline void Listener::leave(Connection &connection) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  connections_.erase(&connection);
-  left_.notify_all();
+inline void Loop::end(Connection &connection) {
+  timers_.erase({connection.scheduled, &connection});
+  connections_.erase(connection.self);
+  --size_;
+  listener.left();
+}
+
+inline std::unique_ptr<Upstream> Loop::take(std::uint64_t generation,
+                                            milliseconds oldest, bool care) {
+  // The last one kept is the one least likely to have been closed.
+  while (!kept_.empty() && now_ - kept_.back()->since < oldest) {
+    auto upstream = std::move(kept_.back());
+    kept_.pop_back();
+    // What a target says unasked on an idle connection, a 408 as it closes it,
+    // is nobody's answer. It has no time for that between two requests that
+    // follow each other closely; to look every time is a fifth of the system
+    // calls of a request.
+    const bool fresh = now_ - upstream->since < milliseconds(20);
+    if (upstream->generation == generation && !upstream->ended &&
+        ((fresh && !care && !upstream->readable) ||
+         is_silent(upstream->fd.get()))) {
+      return upstream;
+    }
+    drop(std::move(upstream));
+  }
+  return {};
+}
+
+inline void Loop::keep(std::unique_ptr<Upstream> upstream) {
+  upstream->user = nullptr;
+  upstream->since = now_;
+  kept_.push_back(std::move(upstream));
+}
+
+inline void Loop::drop(std::unique_ptr<Upstream> upstream) {
+  poller_.remove(*upstream);
+}
+
+// What the target says, or does, about a connection that nobody uses.
+inline void Loop::look_at_kept(const Socket &socket) {
+  const auto kept = std::find_if(
+      kept_.begin(), kept_.end(),
+      [&](const std::unique_ptr<Upstream> &k) { return k.get() == &socket; });
+  if (kept == kept_.end() || is_silent(socket.fd.get())) { return; }
+  drop(std::move(*kept));
+  kept_.erase(kept);
 }
 
 /*
  * Connection: a request comes in
  */
 
-inline Connection::Connection(Listener &listener, Descriptor client,
-                              std::string peer)
-    : listener_(listener), options_(listener.options),
-      client_(std::move(client)), peer_(std::move(peer)) {
-  listener_.enter(*this);
+inline Connection::Connection(Loop &loop, Descriptor client, std::string peer,
+                              bool crowded)
+    : loop_(loop), listener_(loop.listener), options_(listener_.options),
+      peer_(std::move(peer)), crowded_(crowded), from_client_(loop.pages),
+      from_target_(loop.pages) {
+  client_.fd = std::move(client);
+  client_.user = this;
+  loop_.watch(client_);
+  await_request();
 }
 
 inline Connection::~Connection() {
-  listener_.leave(*this); // before the descriptor is closed: cut() uses it
+  let_go();
+  end_invocation();
+  loop_.forget(client_);
 }
 
-// Both are called under the Listener's lock.
-inline void Connection::wake_if_idle() {
-  if (idle_) { ::shutdown(client_.get(), SHUT_RD); }
+inline Connection::Step Connection::go_on() {
+  for (;;) {
+    const auto step = [this] {
+      switch (stage_) {
+      case Stage::reading: return read_request();
+      case Stage::waiting: return await_target();
+      case Stage::exchanging: return exchange();
+      case Stage::answering: return send_own_answer();
+      case Stage::lingering: break;
+      }
+      return linger();
+    }();
+    if (step != Step::again) { return step; }
+  }
 }
 
-inline void Connection::cut() { ::shutdown(client_.get(), SHUT_RDWR); }
-
-inline void Connection::run() {
-  set_timeout(client_.get(), SO_RCVTIMEO, idle_limit);
-  while (read_request() && exchange()) {}
+inline void Connection::await_request() {
+  stage_ = Stage::reading;
+  seen_ = 0;
+  in_head_ = false;
+  deadline_ = loop_.now() + (crowded_ ? std::chrono::seconds(2) : idle_limit);
 }
 
-inline void Connection::refuse() {
-  set_timeout(client_.get(), SO_RCVTIMEO, std::chrono::seconds(2));
-  if (!read_request()) { return; }
-  request_.keep_alive = false;
-  say(503, "too many connections", "Retry-After: 1\r\n");
-  linger();
-}
-
-// Reads one head into request_. False if there is none to answer any more.
-inline bool Connection::read_request() {
-  std::size_t end = 0, seen = 0;
-  auto deadline = Clock::time_point::max();
+// Reads one head into request_.
+inline Connection::Step Connection::read_request() {
   const auto refuse = [this](int status, std::string_view reason) {
     request_ = {};
-    say(status, reason);
-    linger();
-    return false;
+    return say(status, reason);
   };
+  std::size_t end = 0;
   for (;;) {
     // RFC 9112, section 2.2: empty lines before a request are skipped.
     while (starts_with(from_client_.view(), "\r\n")) {
       from_client_.consume(2);
     }
-    end = head_end(from_client_.view(), seen);
+    end = head_end(from_client_.view(), seen_);
     if (end) { break; }
-    seen = from_client_.view().size();
+    seen_ = from_client_.view().size();
     if (from_client_.full()) {
       return refuse(431, "the request's head is larger than 64 KB");
     }
-    ssize_t n = 0;
-    if (from_client_.empty()) {
-      idle_ = true;
-      // stop() wakes who is idle; who becomes it later, sees that it is due.
-      if (listener_.draining()) { return false; }
-      from_client_.rest();
-      from_target_.rest();
-      n = from_client_.receive(client_.get(), 0);
-      idle_ = false;
-      if (n < 0 && errno == EINTR) { continue; }
-    } else {
-      deadline = std::min(deadline, Clock::now() + head_limit);
-      pollfd fds[] = {{client_.get(), POLLIN, 0}};
-      if (!wait_for(fds, deadline)) {
-        if (Clock::now() < deadline) { continue; }
-        return refuse(408, "the request's head took longer than 30 s");
-      }
-      n = from_client_.receive(client_.get(), MSG_DONTWAIT);
-      if (n < 0 && would_block(errno)) { continue; }
+    if (!from_client_.empty() && !std::exchange(in_head_, true)) {
+      deadline_ = loop_.now() + head_limit;
     }
-    if (n <= 0) { return false; } // it has gone, or was idle for too long
+    if (loop_.now() >= deadline_) {
+      return in_head_ ? refuse(408, "the request's head took longer than 30 s")
+                      : Step::end;
+    }
+    // Who is idle is let go when we are to end, but not with a request that is
+    // here already.
+    const bool leaving = from_client_.empty() && listener_.draining();
+    if (!client_.readable && !leaving) { return Step::wait; }
+    const auto n = receive(client_, from_client_);
+    if (n < 0 && would_block(errno)) {
+      return leaving ? Step::end : Step::wait;
+    }
+    if (n <= 0) { return Step::end; }
   }
   // Kept, because the block is filled anew while the answer is awaited.
   request_text_.assign(from_client_.view().substr(0, end));
   from_client_.consume(end);
   const auto refusal = parse_request(request_text_, request_);
-  return !refusal.status || refuse(refusal.status, refusal.reason);
+  if (refusal.status) { return refuse(refusal.status, refusal.reason); }
+  if (crowded_) {
+    request_.keep_alive = false;
+    return say(503, "too many connections", "Retry-After: 1\r\n");
+  }
+  return begin();
 }
 
-// Answers the request that was read, here or by the target. True if the
-// connection can take a further one.
-inline bool Connection::exchange() {
-  answering_ = interim_ = keep_ = cut_ = false;
+// A request was read: it is answered here, or handed to the target.
+inline Connection::Step Connection::begin() {
+  answering_ = interim_ = keep_ = cut_ = client_ended_ = false;
+  gone_at_ = Clock::time_point::max();
   invocation_owed_ = listener_.vercel != nullptr;
-  if (!answer_here()) { hand_over(); }
+  const auto path = request_.target.substr(0, request_.target.find('?'));
+  if (listener_.vercel && path == "/_vercel/ping") {
+    invocation_owed_ = false;
+    return say(200, {}, {}, "OK", "text/plain; charset=utf-8");
+  }
+  if (!options_.status_path.empty() && path == options_.status_path) {
+    return say_status();
+  }
+  if (!options_.cors_origins.empty() && request_.method == "OPTIONS" &&
+      request_.find("Origin") &&
+      request_.find("Access-Control-Request-Method")) {
+    return say(204, {}); // with the allow headers
+  }
+  // What is already here of a body can be known to be malformed before anybody
+  // is troubled with it.
+  auto body = request_.framing;
+  body.take(from_client_.view());
+  if (body.malformed()) { return say(400, "malformed chunk"); }
+  // RFC 9110, section 9.2.2: what may be sent again is what changes nothing.
+  repeatable_ = request_.framing.mode() == Framing::Mode::none &&
+                (request_.method == "GET" || request_.method == "HEAD" ||
+                 request_.method == "OPTIONS");
+  const bool page = options_.waiting_page_after.count() > 0 && wants_page();
+  page_after_ = page ? loop_.now() + options_.waiting_page_after
+                     : Clock::time_point::max();
+  attempt_ = 0;
+  return ask_for_target();
+}
+
+inline Connection::Step Connection::ask_for_target() {
+  ++attempt_;
+  let_go();
+  lease_.emplace();
+  stage_ = Stage::waiting;
+  return Step::again;
+}
+
+inline Connection::Step Connection::await_target() {
+  if (loop_.now() >= gone_at_ || (can_hear() ? !hear() : client_.broken)) {
+    cut_ = true;
+    return finish();
+  }
+  const auto result = listener_.supervisor.acquire(*lease_, page_after_);
+  deadline_ = std::min(page_after_, gone_at_);
+  if (result.pending) { return Step::wait; }
+  if (result.status) { return say_failure(result); }
+  if (request_.find("Warmproxy-Wait")) { // the script of the waiting page
+    return say(204, {}, lease_->timing());
+  }
+  return connect();
+}
+
+inline bool Connection::can_hear() const {
+  return client_.readable && !client_ended_ && !from_client_.full();
+}
+
+// Takes what the client sends on: a body, the next request, or a farewell.
+// False if it has gone.
+inline bool Connection::hear() {
+  const auto n = receive(client_, from_client_);
+  if (n == 0) {
+    client_ended_ = true;
+    gone_at_ = loop_.now() + farewell_limit;
+  }
+  return n >= 0 || would_block(errno);
+}
+
+// Gets a connection to the target, and the request ready for it.
+inline Connection::Step Connection::connect() {
+  up_.begin();
+  down_.begin();
+  down_.to = &client_;
+  // One kept for long may be closing just now, which is the target's right.
+  const auto oldest = attempt_ > 1  ? milliseconds(0)
+                      : repeatable_ ? milliseconds(kept_limit)
+                                    : fresh_limit;
+  upstream_ = loop_.take(lease_->generation, oldest, !repeatable_);
+  reused_ = upstream_ || (lease_->proof && is_silent(lease_->proof.get()));
+  dial_again_at_ = Clock::time_point::max();
+  if (upstream_) {
+    upstream_->user = this;
+  } else if (reused_) {
+    use(std::move(lease_->proof));
+  } else if (!dial(milliseconds(20))) {
+    return errno == EMFILE || errno == ENFILE
+               ? say(503, "out of file descriptors", "Retry-After: 1\r\n")
+               : no_answer();
+  }
+  up_.to = upstream_.get();
+  write_request_head(up_.head);
+  up_.framing = request_.framing;
+  up_.pass();
+  from_target_.clear();
+  if (up_.framing.malformed()) { return say(400, "malformed chunk"); }
+  stage_ = Stage::exchanging;
+  return Step::again;
+}
+
+// A loopback connect that takes longer than `patience` has met a full backlog,
+// and the kernel would try again after 1 s, 3 s, 7 s: dialling anew gets in as
+// soon as there is room, which 200 first requests at once need.
+inline bool Connection::dial(milliseconds patience) {
+  auto fd = connect_to_target(lease_->ipv6, lease_->port, milliseconds(0));
+  if (!fd) { return false; }
+  patience_ = patience;
+  dial_again_at_ = loop_.now() + patience;
+  use(std::move(fd));
+  return true;
+}
+
+inline void Connection::use(Descriptor fd) {
+  upstream_ = std::make_unique<Upstream>();
+  upstream_->fd = std::move(fd);
+  upstream_->user = this;
+  upstream_->generation = lease_->generation;
+  loop_.watch(*upstream_);
+}
+
+// The target did not say a word.
+inline Connection::Step Connection::no_answer() {
+  if ((up_.moved && !repeatable_) || attempt_ == max_attempts) {
+    return say(502, "the target closed the connection without an answer");
+  }
+  // A kept connection that has gone stale tells nothing about the target.
+  if (!reused_) { listener_.supervisor.suspect(*lease_); }
+  return ask_for_target();
+}
+
+// Lets go of the target.
+inline void Connection::let_go() {
+  if (upstream_) { loop_.drop(std::move(upstream_)); }
+  lease_.reset();
+}
+
+// The request was answered, or never will be.
+inline Connection::Step Connection::finish() {
+  let_go();
   end_invocation();
-  if (!keep_ && !cut_) { linger(); }
-  return keep_;
+  if (cut_) { return Step::end; }
+  if (keep_) {
+    await_request();
+    return from_client_.empty() ? Step::again : Step::soon;
+  }
+  // Closing a socket with unread bytes resets it, and a reset overtakes the
+  // answer: so the client is let finish (RFC 9112, section 9.6).
+  ::shutdown(client_.fd.get(), SHUT_WR);
+  stage_ = Stage::lingering;
+  linger_until_ = loop_.now() + std::chrono::seconds(30);
+  deadline_ = loop_.now() + std::chrono::seconds(2);
+  return Step::again;
+}
+
+inline Connection::Step Connection::linger() {
+  for (int i = 0; i < portions_a_turn; ++i) {
+    const bool over = loop_.now() >= deadline_ && !client_.readable;
+    if (over || loop_.now() >= linger_until_) { return Step::end; }
+    if (!client_.readable) { return Step::wait; }
+    from_client_.clear();
+    const auto n = receive(client_, from_client_);
+    if (n == 0 || (n < 0 && !would_block(errno))) { return Step::end; }
+    if (n > 0) { deadline_ = loop_.now() + std::chrono::seconds(2); }
+  }
+  return Step::soon;
 }
 
 // Tells the platform that the request has come to its end, once.
@@ -1558,106 +2222,16 @@ inline void Connection::end_invocation() {
   }
 }
 
-// What never reaches the target, nor starts it.
-inline bool Connection::answer_here() {
-  const auto path = request_.target.substr(0, request_.target.find('?'));
-  if (listener_.vercel && path == "/_vercel/ping") {
-    invocation_owed_ = false;
-    say(200, {}, {}, "OK", "text/plain; charset=utf-8");
-    return true;
-  }
-  if (!options_.status_path.empty() && path == options_.status_path) {
-    say_status();
-    return true;
-  }
-  if (!options_.cors_origins.empty() && request_.method == "OPTIONS" &&
-      request_.find("Origin") &&
-      request_.find("Access-Control-Request-Method")) {
-    say(204, {}); // with the allow headers
-    return true;
-  }
-  return false;
-}
-
-// Hands the request to the target, until it was answered or must not be handed
-// over again.
-inline void Connection::hand_over() {
-  // RFC 9110, section 9.2.2: what may be sent again is what changes nothing.
-  const bool repeatable =
-      request_.framing.mode() == Framing::Mode::none &&
-      (request_.method == "GET" || request_.method == "HEAD" ||
-       request_.method == "OPTIONS");
-  // What is already here of a body can be known to be malformed before anybody
-  // is troubled with it.
-  auto body = request_.framing;
-  body.take(from_client_.view());
-  if (body.malformed()) { return say(400, "malformed chunk"); }
-  const bool for_script = request_.find("Warmproxy-Wait");
-  const bool page = wants_page() && options_.waiting_page_after.count() > 0;
-  const auto patience = page ? Clock::now() + options_.waiting_page_after
-                             : Clock::time_point::max();
-  for (int attempt = 1;; ++attempt) {
-    Lease lease;
-    // One kept for long may be closing just now, which is the target's right.
-    const auto oldest = attempt > 1  ? milliseconds(0)
-                        : repeatable ? milliseconds(kept_limit)
-                                     : milliseconds(1000);
-    const auto result =
-        listener_.supervisor.acquire(lease, client_.get(), patience, oldest);
-    if (result.status == 499) {
-      cut_ = true;
-      return;
-    }
-    if (result.status) { return say_failure(result); }
-    if (for_script) { return say(204, {}, lease.timing()); }
-
-    // What a target says unasked on an idle connection, a 408 as it closes it,
-    // is nobody's answer.
-    const bool kept = lease.connection && is_silent(lease.connection.get());
-    if (!kept) { lease.connection = connect_to_target(lease.ipv6, lease.port); }
-    Flow up(lease.connection.get(), from_client_);
-    Flow down(client_.get(), from_target_);
-    auto outcome = Outcome::no_answer;
-    if (lease.connection) {
-      write_request_head(up.head);
-      up.framing = request_.framing;
-      from_target_.clear();
-      outcome = pump(lease, up, down);
-    } else if (errno == EMFILE || errno == ENFILE) {
-      return say(503, "out of file descriptors", "Retry-After: 1\r\n");
-    }
-    switch (outcome) {
-    case Outcome::answered:
-      lease.may_stay = request_.minor == 1 && up.finished() && !up.stopped &&
-                       answer_.keep_alive && from_target_.empty() &&
-                       !answer_.upgrade &&
-                       down.framing.mode() != Framing::Mode::until_close;
-      return;
-    case Outcome::cut:
-      keep_ = false;
-      cut_ = true;
-      // A close would look like the end of what only ends so.
-      if (answering_ &&
-          (down.unframe || down.framing.mode() >= Framing::Mode::until_close)) {
-        reset_on_close(client_.get());
-      }
-      return;
-    case Outcome::bad_request: return say(400, "malformed chunk");
-    case Outcome::bad_answer:
-      return say(502, "the target's answer is malformed or incomplete");
-    case Outcome::no_answer:
-      if ((up.moved && !repeatable) || attempt == max_attempts) {
-        return say(502, "the target closed the connection without an answer");
-      }
-      // A kept connection that has gone stale tells nothing about the target.
-      if (!kept) { listener_.supervisor.suspect(lease); }
-    }
-  }
-}
-
 /*
  * Connection: the exchange
  */
+
+inline void Connection::Flow::begin() {
+  head.clear();
+  sent = passed = 0;
+  framing = {};
+  moved = stopped = unframe = false;
+}
 
 // Lets pass what the block holds of this message.
 inline void Connection::Flow::pass() {
@@ -1669,15 +2243,18 @@ inline void Connection::Flow::pass() {
 }
 
 // Sends what was let pass. False if the other side takes no more.
-inline bool Connection::Flow::push(int flags) {
+inline bool Connection::Flow::push() {
   const auto body = block.view();
   iovec parts[] = {{head.data() + sent, head.size() - sent},
                    {const_cast<char *>(body.data()), passed}};
   msghdr message{};
   message.msg_iov = parts;
   message.msg_iovlen = 2;
-  const auto n = ::sendmsg(to, &message, flags);
-  if (n < 0) { return would_block(errno); }
+  const auto n = ::sendmsg(to->fd.get(), &message, MSG_DONTWAIT);
+  if (n < 0) {
+    to->writable = errno == EINTR;
+    return would_block(errno);
+  }
   moved = true;
   auto out = static_cast<std::size_t>(n);
   const auto of_head = std::min(out, head.size() - sent);
@@ -1689,108 +2266,116 @@ inline bool Connection::Flow::push(int flags) {
   }
   block.consume(out);
   passed -= out;
+  to->writable = !pending(); // or it would have taken all
   return true;
 }
 
+inline Connection::Step Connection::exchange() {
+  if (loop_.now() >= dial_again_at_) {
+    loop_.drop(std::move(upstream_));
+    if (patience_ > std::chrono::seconds(10) || !dial(patience_ * 2)) {
+      return no_answer();
+    }
+    up_.to = upstream_.get();
+  }
+  const auto outcome = pump();
+  if (up_.moved) { dial_again_at_ = Clock::time_point::max(); }
+  deadline_ = std::min(dial_again_at_, gone_at_);
+  switch (outcome) {
+  case Outcome::pending: return Step::wait;
+  case Outcome::unfinished: return Step::soon;
+  case Outcome::no_answer: return no_answer();
+  case Outcome::bad_request: return say(400, "malformed chunk");
+  case Outcome::bad_answer:
+    return say(502, "the target's answer is malformed or incomplete");
+  case Outcome::answered:
+    if (request_.minor == 1 && up_.finished() && !up_.stopped &&
+        answer_.keep_alive && from_target_.empty() && !answer_.upgrade &&
+        down_.framing.mode() != Framing::Mode::until_close &&
+        !upstream_->ended) {
+      loop_.keep(std::move(upstream_));
+    }
+    return finish();
+  case Outcome::cut: break;
+  }
+  cut_ = true;
+  // A close would look like the end of what only ends so.
+  if (answering_ &&
+      (down_.unframe || down_.framing.mode() >= Framing::Mode::until_close)) {
+    reset_on_close(client_.fd.get());
+  }
+  return finish();
+}
+
 // Moves bytes in both directions at once, each until its framing is done.
-inline Connection::Outcome Connection::pump(Lease &lease, Flow &up,
-                                            Flow &down) {
-  up.pass();
-  if (up.framing.malformed()) { return Outcome::bad_request; }
-  for (;;) {
-    if (up.pending() && !up.stopped && !up.push(MSG_DONTWAIT)) {
-      up.stopped = true; // yet it may have answered before it went
+inline Connection::Outcome Connection::pump() {
+  auto &target = *upstream_;
+  for (int i = 0; i < portions_a_turn; ++i) {
+    if (up_.can_push() && !up_.push()) {
+      up_.stopped = true; // yet it may have answered before it went
+      if (!up_.moved) { return Outcome::no_answer; }
     }
-    const bool tunnel = down.framing.mode() == Framing::Mode::tunnel;
-    const bool sent = up.finished() || up.stopped;
-    // When nothing is left to send, the client's pace is all there is to wait
-    // for; before, the target must be able to go on reading.
-    if (down.pending() && !down.push(sent && !tunnel ? 0 : MSG_DONTWAIT)) {
-      return Outcome::cut;
-    }
+    if (down_.can_push() && !down_.push()) { return Outcome::cut; }
+    const bool tunnel = down_.framing.mode() == Framing::Mode::tunnel;
     if (tunnel) {
-      if (!down.pending()) { end_invocation(); } // the 101 is out
-      if (up.stopped) { return Outcome::cut; }
-      for (const auto flow : {&up, &down}) { // half-close, each for itself
-        if (flow->finished()) { ::shutdown(flow->to, SHUT_WR); }
+      if (!down_.pending()) { end_invocation(); } // the 101 is out
+      if (up_.stopped) { return Outcome::cut; }
+      if (client_ended_) { up_.framing.close(); }
+      gone_at_ = Clock::time_point::max();
+      for (const auto flow : {&up_, &down_}) { // half-close, each for itself
+        if (flow->finished()) { ::shutdown(flow->to->fd.get(), SHUT_WR); }
       }
-      if (up.finished() && down.finished()) { return Outcome::answered; }
-    } else if (answering_ && down.finished()) {
+      if (up_.finished() && down_.finished()) { return Outcome::answered; }
+    } else if (answering_ && down_.finished()) {
       return Outcome::answered;
     }
 
-    pollfd fds[] = {{client_.get(), 0, 0}, {lease.connection.get(), 0, 0}};
-    auto &client = fds[0], &target = fds[1];
-    if (!up.pending() && !from_client_.full() &&
-        !(tunnel && up.framing.done())) {
-      client.events |= POLLIN; // the body, the next request, or a farewell
-    }
-    if (down.pending()) { client.events |= POLLOUT; }
-    if (up.pending() && !up.stopped) { target.events |= POLLOUT; }
-    if (!down.pending() && !(answering_ && down.framing.done())) {
-      target.events |= POLLIN;
-    }
-    // poll(2) tells of a reset also who asked for nothing, again and again.
-    if (tunnel && !client.events) { client.fd = -1; }
-    if (!target.events) { target.fd = -1; }
-
-    // The common case first: only the target can go on, and soon will.
-    ssize_t n = -1;
-    if (sent && !tunnel && target.events == POLLIN) {
-      n = from_target_.receive(target.fd, 0);
-    } else {
-      errno = EAGAIN;
-    }
-    if (n < 0 && would_block(errno)) {
-      if (::poll(fds, 2, -1) < 0) { continue; }
-      if (client.revents & POLLIN) {
-        const auto got = from_client_.receive(client.fd, MSG_DONTWAIT);
-        if (got > 0 && !up.framing.done()) {
-          up.pass();
-          if (up.framing.malformed()) {
-            return answering_ ? Outcome::cut : Outcome::bad_request;
-          }
-        } else if (got == 0 && tunnel) {
-          up.framing.close();
-        } else if (got == 0 || (got < 0 && !would_block(errno))) {
-          return Outcome::cut; // it has gone: nobody is waiting any more
+    bool moved = false;
+    if (!up_.pending() && can_hear()) {
+      if (!hear()) { return Outcome::cut; }
+      moved = true;
+      if (!up_.framing.done()) {
+        up_.pass();
+        if (up_.framing.malformed()) {
+          return answering_ ? Outcome::cut : Outcome::bad_request;
         }
-      } else if (client.revents & (POLLHUP | POLLERR) &&
-                 !(client.events & POLLOUT)) {
-        return Outcome::cut;
       }
-      if (!(target.events & POLLIN) ||
-          !(target.revents & (POLLIN | POLLHUP | POLLERR))) {
-        continue;
-      }
-      n = from_target_.receive(target.fd, MSG_DONTWAIT);
-      if (n < 0 && would_block(errno)) { continue; }
+    } else if (!tunnel && (client_.broken || loop_.now() >= gone_at_)) {
+      return Outcome::cut; // nobody is waiting any more
     }
 
-    if (n > 0) {
-      if (!answering_) {
-        const auto outcome = read_answer(lease, up, down);
+    if (target.readable && !down_.pending() &&
+        !(answering_ && down_.framing.done())) {
+      const auto n = receive(target, from_target_);
+      moved |= n >= 0;
+      if (n < 0 && would_block(errno)) {
+        continue;
+      } else if (n > 0 && answering_) {
+        down_.pass();
+      } else if (n > 0) {
+        const auto outcome = read_answer();
         if (outcome != Outcome::answered) { return outcome; }
+      } else if (!answering_) {
+        return from_target_.empty() && !interim_ ? Outcome::no_answer
+                                                 : Outcome::bad_answer;
+      } else if (n == 0 && (tunnel || down_.framing.mode() ==
+                                          Framing::Mode::until_close)) {
+        down_.framing.close();
       } else {
-        down.pass();
+        return Outcome::cut; // in the middle of its answer
       }
-      if (down.framing.malformed()) { return Outcome::cut; }
-    } else if (!answering_) {
-      return from_target_.empty() && !interim_ ? Outcome::no_answer
-                                               : Outcome::bad_answer;
-    } else if (n == 0 &&
-               (tunnel || down.framing.mode() == Framing::Mode::until_close)) {
-      down.framing.close();
-    } else {
-      return Outcome::cut; // in the middle of its answer
+      if (down_.framing.malformed()) { return Outcome::cut; }
+    }
+    if (!moved && !up_.can_push() && !down_.can_push()) {
+      return Outcome::pending;
     }
   }
+  return Outcome::unfinished;
 }
 
 // Reads the heads that have come: any 1xx, then the final one, after which
 // answering_ is set. `answered` only says that all is well so far.
-inline Connection::Outcome Connection::read_answer(const Lease &lease, Flow &up,
-                                                   Flow &down) {
+inline Connection::Outcome Connection::read_answer() {
   while (!answering_) {
     const auto end = head_end(from_target_.view());
     if (!end) {
@@ -1806,26 +2391,26 @@ inline Connection::Outcome Connection::read_answer(const Lease &lease, Flow &up,
     if (answer_.status < 200 && !switching) {
       // RFC 9110, section 15.2: an HTTP/1.0 client does not know them.
       if (request_.minor == 1) {
-        write_answer_head(lease, true, down.head);
+        write_answer_head(true, down_.head);
         interim_ = true;
       }
     } else {
       answering_ = true;
       if (switching) {
-        up.framing = answer_.framing = Framing(Framing::Mode::tunnel);
-        up.pass(); // what the client sent on
+        up_.framing = answer_.framing = Framing(Framing::Mode::tunnel);
+        up_.pass(); // what the client sent on
       }
-      down.framing = answer_.framing;
-      const bool chunked = down.framing.mode() == Framing::Mode::chunked;
-      down.unframe = chunked && request_.minor == 0;
-      keep_ = request_.keep_alive && !switching && !down.unframe &&
-              down.framing.mode() != Framing::Mode::until_close &&
-              up.finished() && !listener_.draining();
-      write_answer_head(lease, keep_, down.head);
+      down_.framing = answer_.framing;
+      const bool chunked = down_.framing.mode() == Framing::Mode::chunked;
+      down_.unframe = chunked && request_.minor == 0;
+      keep_ = request_.keep_alive && !switching && !down_.unframe &&
+              down_.framing.mode() != Framing::Mode::until_close &&
+              up_.finished() && !listener_.draining();
+      write_answer_head(keep_, down_.head);
     }
     from_target_.consume(end);
   }
-  down.pass();
+  down_.pass();
   return Outcome::answered;
 }
 
@@ -1913,8 +2498,7 @@ inline void Connection::write_request_head(std::string &out) const {
   out += "\r\n";
 }
 
-inline void Connection::write_answer_head(const Lease &lease, bool keep,
-                                          std::string &out) {
+inline void Connection::write_answer_head(bool keep, std::string &out) {
   const bool interim = answer_.status < 200;
   // A 426 must say to what (RFC 9110, section 15.5.22), as a 101 does.
   const bool upgrade = answer_.upgrade || answer_.status == 426;
@@ -1957,7 +2541,7 @@ inline void Connection::write_answer_head(const Lease &lease, bool keep,
     append(out, "Vercel-CDN-Cache-Control: public, max-age=", age, "\r\n");
   }
   if (cors) { write_cors(out); }
-  if (!interim) { out += lease.timing(); }
+  if (!interim) { out += lease_->timing(); }
   if (upgrade) {
     append(out, "Connection: ", keep || answer_.upgrade ? "" : "close, ",
            "Upgrade\r\n");
@@ -2209,9 +2793,10 @@ inline bool Connection::in_chinese() const {
   return starts_with_same(request_.value("Accept-Language"), "zh");
 }
 
-inline void Connection::say(int status, std::string_view reason,
-                            std::string_view lines, std::string_view body,
-                            std::string_view type) {
+inline Connection::Step Connection::say(int status, std::string_view reason,
+                                        std::string_view lines,
+                                        std::string_view body,
+                                        std::string_view type) {
   std::string text(body);
   if (!reason.empty()) {
     const bool page = wants_page();
@@ -2221,7 +2806,7 @@ inline void Connection::say(int status, std::string_view reason,
   }
   keep_ =
       request_.keep_alive && request_.framing.done() && !listener_.draining();
-  std::string out;
+  auto out = down_.head.substr(down_.sent); // of a 1xx, perhaps
   append(out, "HTTP/1.1 ", std::to_string(status), " ", status_text(status),
          "\r\n");
   if (status != 204) {
@@ -2237,19 +2822,26 @@ inline void Connection::say(int status, std::string_view reason,
   }
   out += "\r\n";
   if (request_.method != "HEAD") { out += text; }
-  for (std::size_t sent = 0; sent < out.size();) {
-    const auto n =
-        ::send(client_.get(), out.data() + sent, out.size() - sent, 0);
-    if (n < 0 && errno == EINTR) { continue; }
-    if (n <= 0) {
-      keep_ = false;
-      return;
-    }
-    sent += static_cast<std::size_t>(n);
-  }
+  let_go();
+  down_.begin();
+  down_.to = &client_;
+  down_.head = std::move(out);
+  stage_ = Stage::answering;
+  deadline_ = loop_.now() + idle_limit;
+  return Step::again;
 }
 
-inline void Connection::say_failure(const Supervisor::Result &result) {
+inline Connection::Step Connection::send_own_answer() {
+  if (down_.can_push() && !down_.push()) { cut_ = true; }
+  if (down_.pending() && !cut_) {
+    if (loop_.now() < deadline_) { return Step::wait; }
+    cut_ = true; // it does not read
+  }
+  return finish();
+}
+
+inline Connection::Step
+Connection::say_failure(const Supervisor::Result &result) {
   const auto seconds = (result.retry_after.count() + 999) / 1000;
   const auto retry =
       result.status == 502
@@ -2262,11 +2854,11 @@ inline void Connection::say_failure(const Supervisor::Result &result) {
         std::chrono::duration_cast<std::chrono::seconds>(result.waited));
     return say(result.status, {}, retry, page, "text/html; charset=utf-8");
   }
-  say(result.status, result.reason, retry);
+  return say(result.status, result.reason, retry);
 }
 
 // JSON, or what Prometheus reads.
-inline void Connection::say_status() {
+inline Connection::Step Connection::say_status() {
   const auto status = [this] {
     auto s = listener_.supervisor.status();
     s.connections = listener_.connections();
@@ -2308,22 +2900,7 @@ inline void Connection::say_status() {
          ",\"requests\":", number(status.requests),
          ",\"in_flight\":", number(status.in_flight),
          ",\"connections\":", number(status.connections), "}\n");
-  say(200, {}, {}, out, "application/json");
-}
-
-// Closes so that the client can still read what we said: closing a socket with
-// unread bytes resets it, and a reset overtakes the answer (RFC 9112, 9.6).
-inline void Connection::linger() {
-  ::shutdown(client_.get(), SHUT_WR);
-  const auto end = Clock::now() + std::chrono::seconds(30);
-  for (;;) {
-    pollfd fds[] = {{client_.get(), POLLIN, 0}};
-    if (!wait_for(fds, std::min(end, Clock::now() + std::chrono::seconds(2)))) {
-      return;
-    }
-    from_client_.clear();
-    if (from_client_.receive(client_.get(), MSG_DONTWAIT) <= 0) { return; }
-  }
+  return say(200, {}, {}, out, "application/json");
 }
 
 /*
@@ -2331,7 +2908,7 @@ inline void Connection::linger() {
  */
 
 inline Lease::~Lease() {
-  if (owner) { owner->release(*this); }
+  if (owner) { owner->release(); }
 }
 
 inline std::string Lease::timing() const {
@@ -2360,7 +2937,7 @@ inline Supervisor::~Supervisor() {
 inline void Supervisor::quit() {
   const std::lock_guard<std::mutex> lock(mutex_);
   quit_ = true;
-  changed_.notify_all();
+  changed();
   wake();
 }
 
@@ -2368,46 +2945,42 @@ inline void Supervisor::wake() {
   if (::write(wake_write_.get(), "", 1) < 0) {} // full: it is awake
 }
 
-inline Supervisor::Result Supervisor::acquire(Lease &lease, int client,
-                                              Clock::time_point until,
-                                              milliseconds oldest) {
-  const auto began = Clock::now();
-  const auto waited = [began] { return Clock::now() - began; };
-  Lock lock(mutex_);
-  const auto failures = failures_;
-  bool had_to_wait = false;
-  while (state_ != State::up) {
-    if (quit_) { return {503, "shutting down", milliseconds(1000), false, {}}; }
-    if (failures_ != failures) {
-      auto failure = failure_;
-      failure.waited = waited();
-      return failure;
+inline Supervisor::Result Supervisor::acquire(Lease &lease,
+                                              Clock::time_point until) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const bool waits = lease.since != Clock::time_point{};
+  Result result;
+  if (state_ != State::up) {
+    const auto now = Clock::now();
+    if (!waits) {
+      lease.since = now;
+      lease.failures = failures_;
     }
-    if (state_ != State::starting && !wanted_) {
-      const auto left = not_before_ - Clock::now();
-      if (left.count() > 0) {
-        return {503,
-                concat(failure_.reason, "; it is started again in a moment"),
-                std::chrono::duration_cast<milliseconds>(left),
-                false,
-                {}};
+    result.waited = now - lease.since;
+    if (quit_) {
+      result.status = 503;
+      result.reason = "shutting down";
+    } else if (failures_ != lease.failures) {
+      result.status = failure_.status;
+      result.reason = failure_.reason;
+      result.retry_after = pause_;
+    } else if (state_ != State::starting && !wanted_ && now < not_before_) {
+      result.status = 503;
+      result.reason =
+          concat(failure_.reason, "; it is started again in a moment");
+      result.retry_after =
+          std::chrono::duration_cast<milliseconds>(not_before_ - now);
+    } else if (now >= until) {
+      result.status = 503; // and no reason: it is the waiting page that is due
+      result.retry_after = std::chrono::seconds(2);
+      if (state_ == State::starting) { result.waited = now - started_; }
+    } else {
+      result.pending = true;
+      if (state_ != State::starting && !std::exchange(wanted_, true)) {
+        wake();
       }
-      wanted_ = true;
-      wake();
     }
-    had_to_wait = true;
-    const auto look = Clock::now() + milliseconds(250);
-    changed_.wait_until(lock, std::min(until, look));
-    if (state_ == State::up) { break; }
-    if (has_gone(client)) { return {499, {}, {}, false, waited()}; }
-    if (Clock::now() >= until) {
-      const bool starting = state_ == State::starting;
-      return {503,
-              {},
-              milliseconds(2000),
-              true,
-              starting ? Clock::now() - started_ : waited()};
-    }
+    return result;
   }
   ++in_flight_;
   ++requests_;
@@ -2415,27 +2988,36 @@ inline Supervisor::Result Supervisor::acquire(Lease &lease, int client,
   lease.generation = generation_;
   lease.port = port_;
   lease.ipv6 = ipv6_;
-  if (had_to_wait) {
-    lease.waited = waited();
+  if (proof_ && Clock::now() - proved_ < fresh_limit) {
+    lease.proof = std::move(proof_);
+  }
+  if (waits) {
+    lease.waited = Clock::now() - lease.since;
     lease.spawning = spawning_;
     lease.readying = readying_;
   }
-  // The last one kept is the one least likely to have been closed.
-  if (!kept_.empty() && Clock::now() - kept_.back().since < oldest) {
-    lease.connection = std::move(kept_.back().connection);
-    kept_.pop_back();
-  }
-  return {};
+  return result;
 }
 
-inline void Supervisor::release(Lease &lease) {
+inline void Supervisor::release() {
   const std::lock_guard<std::mutex> lock(mutex_);
   last_use_ = Clock::now();
-  if (lease.may_stay && state_ == State::up &&
-      lease.generation == generation_) {
-    kept_.push_back({std::move(lease.connection), last_use_});
-  }
   --in_flight_;
+}
+
+inline bool Supervisor::is_up(std::uint64_t generation) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return state_ == State::up && generation_ == generation;
+}
+
+inline void Supervisor::on_change(std::function<void()> tell) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  tell_ = std::move(tell);
+}
+
+// Under mutex_, whenever those who wait have reason to look again.
+inline void Supervisor::changed() {
+  if (tell_) { tell_(); }
 }
 
 inline void Supervisor::suspect(const Lease &lease) {
@@ -2523,7 +3105,7 @@ inline bool Supervisor::start(Lock &lock) {
   readying_ = up_since_ - began - spawning_;
   ++generation_;
   state_ = State::up;
-  changed_.notify_all();
+  changed();
   lock.unlock();
   log_(concat("target up in ", in_seconds(spawning_ + readying_), " s (",
               pid_ ? concat("pid ", std::to_string(pid_), ", ") : "", "port ",
@@ -2566,7 +3148,8 @@ inline bool Supervisor::prove(Lock &lock, bool starting,
     if (good) {
       // The connection that proved it is the first one used.
       if (connection) {
-        kept_.push_back({std::move(connection), Clock::now()});
+        proof_ = std::move(connection);
+        proved_ = Clock::now();
       }
       return true;
     }
@@ -2589,15 +3172,22 @@ inline bool Supervisor::prove(Lock &lock, bool starting,
 }
 
 inline Descriptor Supervisor::reach() {
-  ipv6_ = false;
-  auto connection = connect_to_target(ipv6_, port_);
-  if (!connection) { // "localhost" is either
-    const int error = errno;
-    ipv6_ = true;
-    connection = connect_to_target(ipv6_, port_);
-    errno = error;
+  int error = 0;
+  // Whose backlog is full is asked anew sooner than the kernel would.
+  for (auto patience = milliseconds(20); patience < milliseconds(20000);
+       patience *= 2) {
+    for (const bool ipv6 : {false, true}) { // "localhost" is either
+      auto connection = connect_to_target(ipv6, port_, patience);
+      if (connection) {
+        ipv6_ = ipv6;
+        return connection;
+      }
+      if (!ipv6) { error = errno; }
+    }
+    if (error != ETIMEDOUT) { break; }
   }
-  return connection;
+  errno = error;
+  return {};
 }
 
 // Asks for health_path. Sets `seen` to what went wrong; leaves `connection`
@@ -2612,8 +3202,10 @@ inline bool Supervisor::probe(Descriptor &connection,
   const auto authority =
       concat(ipv6_ ? "[::1]:" : "127.0.0.1:", std::to_string(port_));
   std::string path = options_.health_path;
-  Block block;
+  Pages pages;
+  Block block(pages);
   Head answer;
+  bool more = false;
   // Prometheus, and others, send `/` on to a page that answers 503 until they
   // are ready: what counts is where a browser would end.
   for (int hops = 0; hops < 5; ++hops) {
@@ -2646,7 +3238,7 @@ inline bool Supervisor::probe(Descriptor &connection,
         }
         return false;
       }
-      const auto n = block.receive(connection.get(), MSG_DONTWAIT);
+      const auto n = block.receive(connection.get(), more);
       if (n == 0 || (n < 0 && !would_block(errno)) || block.full()) {
         seen = concat("no answer to GET ", path);
         return false;
@@ -2659,7 +3251,7 @@ inline bool Supervisor::probe(Descriptor &connection,
     while (!answer.framing.done() && !answer.framing.malformed() &&
            nap(rest, connection.get())) {
       block.clear();
-      if (block.receive(connection.get(), MSG_DONTWAIT) <= 0) { break; }
+      if (block.receive(connection.get(), more) <= 0) { break; }
       answer.framing.take(block.view());
     }
     if (!answer.framing.done() || !answer.keep_alive) { connection.reset(); }
@@ -2673,7 +3265,9 @@ inline bool Supervisor::probe(Descriptor &connection,
         starts_with(location, "/") && !starts_with(location, "//");
     if (answer.status < 300 || answer.status > 399 || !here) { break; }
     path = location.substr(0, location.find('#'));
-    if (!connection) { connection = connect_to_target(ipv6_, port_); }
+    if (!connection) {
+      connection = connect_to_target(ipv6_, port_, milliseconds(1000));
+    }
     if (!connection) { break; }
   }
   if (answer.status < 500) { return true; }
@@ -2699,20 +3293,17 @@ inline void Supervisor::watch(Lock &lock) {
     }
     if (suspected_) {
       suspected_ = false;
-      kept_.clear();
+      proof_.reset();
       if (!prove(lock, false, Clock::now() + options_.startup_timeout, {})) {
         if (exited()) { continue; }
         return;
       }
       state_ = State::up;
-      changed_.notify_all();
+      changed();
     }
     const auto now = Clock::now();
-    kept_.erase(kept_.begin(),
-                std::find_if(kept_.begin(), kept_.end(), [&](const Kept &kept) {
-                  return now - kept.since < kept_limit;
-                }));
-    auto next = now + kept_limit;
+    if (now - proved_ >= fresh_limit) { proof_.reset(); }
+    auto next = proof_ ? proved_ + fresh_limit : Clock::time_point::max();
     if (options_.idle_stop.count() && pid_) {
       if (in_flight_) { last_use_ = now; }
       if (now - last_use_ >= options_.idle_stop) {
@@ -2735,8 +3326,8 @@ inline void Supervisor::watch(Lock &lock) {
 // Stops what is left of the target's group, and is cold.
 inline void Supervisor::end(Lock &lock) {
   state_ = State::stopping;
-  kept_.clear();
-  changed_.notify_all();
+  proof_.reset();
+  changed();
   lock.unlock();
   if (pid_ > 0) {
     // When the target itself is gone, the rest of its group only holds the port
@@ -2766,7 +3357,7 @@ inline void Supervisor::end(Lock &lock) {
   pid_ = 0;
   pidfd_.reset();
   state_ = State::cold;
-  changed_.notify_all();
+  changed();
 }
 
 inline milliseconds Supervisor::next_pause() const {
@@ -2777,10 +3368,10 @@ inline milliseconds Supervisor::next_pause() const {
 inline void Supervisor::fail(Lock &lock, int status, std::string reason) {
   pause_ = next_pause();
   not_before_ = Clock::now() + pause_;
-  failure_ = {status, std::move(reason), pause_, false, {}};
+  failure_ = {status, std::move(reason)};
   ++failures_;
   state_ = State::stopping;
-  changed_.notify_all();
+  changed();
   const auto message = failure_.reason;
   lock.unlock();
   log_(message);
