@@ -2702,6 +2702,7 @@ inline constexpr std::string_view waiting_part =
       if (answer.status === 204) return location.reload();
       return answer.text().then(function (text) {
         if (text.indexOf("warmproxy: ") !== 0) return location.reload();
+        if (answer.status === 503) return void setTimeout(ask, 1000 * answer.headers.get("Retry-After"));
         clearInterval(clock);
         by("bar").hidden = by("time").hidden = true; by("again").hidden = false; by("main").className = "";
         by("title").textContent = document.title = "%failed";
