@@ -69,6 +69,12 @@ $(BUILD)/tests/fake: tests/fake.cpp tests/bytes.hpp
 
 -include $(TEST_OBJECTS:.o=.d)
 
+# The suite again, without what only Linux has.
+.PHONY: test-portable
+test-portable: ## the suite with poll(2) and its like only
+	+@$(MAKE) test BUILD=build/$@ CXXFLAGS='-O1 -U__linux__' \
+	  TEST_FLAGS='-O0 -g1 -U__linux__'
+
 # The suite under each sanitizer. TSan needs addresses where it expects them.
 SANITIZED := -g1 -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS
 

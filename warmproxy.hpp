@@ -1413,10 +1413,10 @@ inline void Poller::wait(Clock::time_point until) {
   }
   news_.clear();
   next_ = 0;
-  if (::poll(fds.data(), static_cast<nfds_t>(fds.size()),
-             milliseconds_to(until)) <= 0) {
-    return;
-  }
+  const int n = ::poll(fds.data(), static_cast<nfds_t>(fds.size()),
+                       milliseconds_to(until));
+  if (n < 0 && errno != EINTR) { ::poll(nullptr, 0, 10); } // never spin
+  if (n <= 0) { return; }
   for (std::size_t i = 0; i < fds.size(); ++i) {
     const auto what = fds[i].revents;
     auto &socket = *sockets_[i];
@@ -1653,8 +1653,12 @@ inline bool Listener::run() {
                    : Clock::time_point::max());
     good = accept();
   }
+  // Who has connected by now is served, who connects from now on is refused.
+  listening_.readable = good;
+  while (listening_.readable && first.now() >= paused_until_ &&
+         !waiting_for_room_ && accept()) {}
   first.forget(listening_);
-  listening_.fd.reset(); // who connects now is refused
+  listening_.fd.reset();
   draining_ = true;
   tell_all();
   const auto until = Clock::now() + options.stop_timeout;

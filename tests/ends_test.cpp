@@ -153,6 +153,28 @@ TEST_CASE("SIGTERM lets finish what is under way") {
   }
 }
 
+TEST_CASE("SIGTERM finds requests that nobody has taken yet") {
+  constexpr int many = 600; // more than are accepted in one go
+  Marked proxy({});
+  CHECK(get(proxy.port(), "/pid").status == 200);
+  proxy.signal(SIGSTOP);
+  std::list<RawClient> early;
+  for (int i = 0; i < many; ++i) {
+    early.emplace_back(proxy.port());
+    if (i % 2 == 0) {
+      early.back().send("GET /pid HTTP/1.1\r\nHost: test\r\n\r\n");
+    }
+  }
+  proxy.signal(SIGTERM);
+  proxy.signal(SIGCONT);
+  for (int i = 0; i < many; ++i, early.pop_front()) {
+    if (i % 2 == 0) { CHECK(early.front().read_response().status == 200); }
+    CHECK(early.front().at_end());
+  }
+  CHECK(proxy.wait() == 0);
+  CHECK(proxy.nothing_left());
+}
+
 TEST_CASE("SIGTERM cuts what does not end, and stops all of the target") {
   TemporaryDirectory directory;
   auto all = stages(directory);

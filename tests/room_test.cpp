@@ -220,6 +220,9 @@ TEST_CASE("no descriptor left for a connection") {
 }
 
 TEST_CASE("no descriptor left for the target") {
+#ifndef __linux__
+  return; // poll(2) takes no more descriptors than may be open
+#endif
   Watched proxy(serve_fake());
   RawClient client(proxy.port());
   CHECK(client.get("/pid").status == 200);
