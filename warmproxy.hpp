@@ -7,16 +7,19 @@
 //
 //  The way of a request, which is also the order of this file:
 //
-//    client -- Listener -- Connection -- Supervisor -- upstream -- target
+//    client -- Listener -- Loop -- Connection -- Supervisor -- Upstream --
+//    target
 //
-//    1. Listener accepts and gives each connection a thread.
+//    1. Listener accepts, and gives each connection to a Loop: a thread a
+//       processor, in which whatever has news goes on until it would have to
+//       wait.
 //    2. Connection reads one request head, strictly, and knows its framing.
 //    3. Supervisor, one thread, owns the target's whole life. Requests wait for
 //       it to say "up"; none of them ever touches the process.
 //    4. The head goes to the target with a few lines changed, and one pump
 //       moves bytes in both directions until the framing says done, or for
 //       ever after a 101. Streams, uploads, early answers and WebSockets are
-//       all this one loop. Nothing is buffered beyond one block a direction.
+//       all this one pump. Nothing is buffered beyond one block a direction.
 //
 //  RFC 9110 is HTTP's semantics, RFC 9112 its messages on the wire.
 //
@@ -128,8 +131,8 @@ struct Options {
   // Where serve() listens. Port 0: a free one, named in the log.
   std::string host = "0.0.0.0";
   int port = 3000;
-  // Client connections at once, a thread each; more are answered 503. It is
-  // lowered to what the limit on open files has room for, two each.
+  // Client connections at once; more are answered 503. It is lowered to what
+  // the limit on open files has room for, two each.
   std::size_t max_connections = 1024;
 
   // The origins whose pages may use the target, as "https://example.org"; "*"
@@ -177,6 +180,11 @@ using Log = std::function<void(std::string_view)>;
 // RFC 9112, section 3 asks for 8,000 bytes of request line at least; 64 KB of
 // head is where the strictest of common targets stop too.
 inline constexpr std::size_t max_head = 64 * 1024;
+// A line costs us 48 bytes beside its own, so that 64 KB of "a:" would be a
+// megabyte. Node takes 2000, Apache and HAProxy about 100.
+inline constexpr std::size_t max_fields = 1000;
+// Of what Connection names; each line is compared with all of it.
+inline constexpr std::size_t max_hop = 100;
 // Of a body at once: what a busy stream keeps of memory.
 inline constexpr std::size_t max_portion = 32 * 1024;
 // A client that has sent nothing for so long is let go; nginx's default.
@@ -545,7 +553,6 @@ struct Upstream : Socket {
   Clock::time_point since{};    // when it was kept
 };
 
-class Connection;
 class Listener;
 
 // One thread, and the connections that are its own: whatever has news goes on
@@ -1107,22 +1114,26 @@ inline bool next_line(std::string_view &text, bool lenient,
 }
 
 // Reads the lines behind the first one: fields, keep-alive, upgrade.
-inline const char *parse_fields(std::string_view text, bool lenient,
-                                Head &head) {
+inline Refusal parse_fields(std::string_view text, bool lenient, Head &head) {
   head.fields.clear();
   head.hop.clear();
   bool close = false, stay = false, upgrade = false;
   for (;;) {
     std::string_view line;
-    if (!next_line(text, lenient, line)) { return "bare LF in the head"; }
+    if (!next_line(text, lenient, line)) {
+      return {400, "bare LF in the head"};
+    }
     if (line.empty()) { break; }
+    if (head.fields.size() == max_fields) {
+      return {431, "more than 1000 header lines"};
+    }
     const auto colon = line.find(':');
     const auto name = line.substr(0, colon);
     if (colon == std::string_view::npos || !is_token(name)) {
-      return "malformed header line"; // a folded one too, and "Name :"
+      return {400, "malformed header line"}; // a folded one too, and "Name :"
     }
     if (std::any_of(line.begin(), line.end(), is_control)) {
-      return "control character in a header";
+      return {400, "control character in a header"};
     }
     head.fields.push_back({name, trim(line.substr(colon + 1)), line});
     if (same(name, "Connection")) {
@@ -1134,11 +1145,14 @@ inline const char *parse_fields(std::string_view text, bool lenient,
       });
     }
   }
+  if (head.hop.size() > max_hop) {
+    return {431, "more than 100 connection options"};
+  }
   // RFC 9112, section 9.3
   head.keep_alive = !close && (head.minor == 1 || stay);
   // RFC 9110, section 7.8: it is ignored in an HTTP/1.0 request.
   head.upgrade = upgrade && head.minor == 1 && head.find("Upgrade");
-  return nullptr;
+  return {};
 }
 
 // The body's length as RFC 9112, section 6.3 has it. Of what is ambiguous
@@ -1211,8 +1225,8 @@ inline Refusal parse_request(std::string_view text, Head &head) {
   }
   head.minor = version.back() - '0';
 
-  if (const auto error = parse_fields(text, false, head)) {
-    return {400, error};
+  if (const auto refusal = parse_fields(text, false, head); refusal.status) {
+    return refusal;
   }
   // RFC 9112, section 3.2
   const auto hosts = std::count_if(
@@ -1259,8 +1273,8 @@ inline Refusal parse_response(std::string_view text, std::string_view to,
   }
   head.minor = line[7] - '0';
   head.reason = line.substr(9);
-  if (const auto error = parse_fields(text, true, head)) {
-    return {502, error};
+  if (const auto refusal = parse_fields(text, true, head); refusal.status) {
+    return {502, refusal.reason};
   }
   // RFC 9112, section 6.3: these have no body, whatever they say. Of the first
   // two kinds not even the framing lines are passed on.
@@ -1892,8 +1906,7 @@ inline void Loop::go_on(Connection &connection) {
   }
   switch (step) {
   case Connection::Step::end: return end(connection);
-  case Connection::Step::soon: // not within this turn
-    return schedule(connection, now_ + std::chrono::nanoseconds(1));
+  case Connection::Step::soon: return schedule(connection, now_);
   default: return schedule(connection, connection.deadline());
   }
 }
@@ -1902,6 +1915,7 @@ inline void Loop::go_on(Connection &connection) {
 // later one by now is scheduled anew: so a deadline that is put off with every
 // request costs nothing.
 inline void Loop::schedule(Connection &connection, Clock::time_point when) {
+  when = std::max(when, now_ + std::chrono::nanoseconds(1)); // the next turn
   if (when >= connection.scheduled) { return; }
   timers_.erase({connection.scheduled, &connection});
   connection.scheduled = when;
@@ -1994,6 +2008,10 @@ inline Connection::Step Connection::go_on() {
 }
 
 inline void Connection::await_request() {
+  if (request_text_.capacity() > 4096) { // what a large head took
+    request_text_ = {};
+    request_ = answer_ = {};
+  }
   stage_ = Stage::reading;
   seen_ = 0;
   in_head_ = false;
@@ -2421,10 +2439,11 @@ inline Connection::Outcome Connection::read_answer() {
 // To CGI and its like, "_" and "-" are the same in a name: what is ours to say
 // must not be said by others in that disguise.
 inline bool is_disguised(std::string_view name) {
+  if (!contains(name, "_")) { return false; }
   std::string plain(name);
   std::replace(plain.begin(), plain.end(), '_', '-');
-  return plain != name && (starts_with_same(plain, "X-Forwarded-") ||
-                           starts_with_same(plain, "x-vercel-internal-"));
+  return starts_with_same(plain, "X-Forwarded-") ||
+         starts_with_same(plain, "x-vercel-internal-");
 }
 
 inline void Connection::write_request_head(std::string &out) const {

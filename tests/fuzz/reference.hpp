@@ -194,7 +194,8 @@ inline bool read_lines(const std::vector<std::string> &lines, Head &head) {
                           std::string(stripped(Bytes(raw).substr(colon + 1))),
                           raw});
   }
-  return true;
+  // No target needs more, and each costs.
+  return head.lines.size() <= 1000 && head.list("connection").size() <= 100;
 }
 
 inline std::optional<std::uint64_t> decimal(Bytes text) {
