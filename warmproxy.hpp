@@ -906,6 +906,11 @@ inline bool is_control(char c) {
   return (static_cast<unsigned char>(c) < 0x20 && c != '\t') || c == 0x7f;
 }
 
+inline bool has_control(std::string_view text) {
+  return std::any_of(text.begin(), text.end(),
+                     [](char c) { return is_control(c); });
+}
+
 inline bool is_token(char c) { // RFC 9110, section 5.6.2
   return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') ||
          (c >= 'A' && c <= 'Z') ||
@@ -1132,9 +1137,7 @@ inline Refusal parse_fields(std::string_view text, bool lenient, Head &head) {
     if (colon == std::string_view::npos || !is_token(name)) {
       return {400, "malformed header line"}; // a folded one too, and "Name :"
     }
-    if (std::any_of(line.begin(), line.end(), is_control)) {
-      return {400, "control character in a header"};
-    }
+    if (has_control(line)) { return {400, "control character in a header"}; }
     head.fields.push_back({name, trim(line.substr(colon + 1)), line});
     if (same(name, "Connection")) {
       for_each_of(head.fields.back().value, [&](std::string_view option) {
@@ -1212,9 +1215,8 @@ inline Refusal parse_request(std::string_view text, Head &head) {
   head.target = line.substr(first + 1, last - first - 1);
   const auto version = line.substr(last + 1);
   if (!is_token(head.method)) { return {400, "malformed method"}; }
-  if (std::any_of(head.target.begin(), head.target.end(), [](char c) {
-        return is_control(c) || c == ' ' || c == '\t' || c == '#';
-      })) {
+  if (has_control(head.target) ||
+      head.target.find_first_of(" \t#") != std::string_view::npos) {
     return {400, "malformed request target"};
   }
   if (version != "HTTP/1.1" && version != "HTTP/1.0") {
@@ -1267,8 +1269,7 @@ inline Refusal parse_response(std::string_view text, std::string_view to,
   if (!next_line(text, true, line) || line.size() < 12 ||
       (!starts_with(line, "HTTP/1.1 ") && !starts_with(line, "HTTP/1.0 ")) ||
       !to_number(line.substr(9, 3), head.status) || head.status < 100 ||
-      (line.size() > 12 && line[12] != ' ') ||
-      std::any_of(line.begin(), line.end(), is_control)) {
+      (line.size() > 12 && line[12] != ' ') || has_control(line)) {
     return {502, "malformed status line"};
   }
   head.minor = line[7] - '0';
