@@ -59,6 +59,7 @@
 #include <atomic>
 #include <cerrno>
 #include <chrono>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -201,6 +202,12 @@ inline constexpr milliseconds fresh_limit{1000};
 inline constexpr milliseconds farewell_limit{100};
 // What one connection may move before the others have their turn.
 inline constexpr int portions_a_turn = 8;
+// A Loop has no more connections to the target than to clients, but for these:
+// clients that come for one request each find one, too.
+inline constexpr std::size_t spare_upstreams = 4;
+// A target that says nothing for so long may be waiting for the end of a
+// connection that we only keep: some serve one at a time.
+inline constexpr milliseconds stall_limit{250};
 // Threads that serve connections: one a processor, but no more than these.
 inline constexpr unsigned max_loops = 4;
 // How often a request may be handed over before its target is to blame.
@@ -332,7 +339,8 @@ class Poller {
 public:
   Poller();
 
-  void add(Socket &socket);
+  // False, and errno, if the kernel has no room for it.
+  bool add(Socket &socket);
   void remove(Socket &socket);
   // Waits until `until`, or for news; next() then gives each socket that has
   // some, and null when that was all.
@@ -539,12 +547,19 @@ public:
   void started(milliseconds took, int port);
   void end(std::string_view invocation, std::string_view request);
   void unrecoverable(int exit_code, std::string_view message);
+  ~Vercel();
 
 private:
   void send(std::string message);
+  void flush();
+  void write_waiting();
 
-  std::mutex mutex_;
   Descriptor socket_;
+  std::mutex mutex_;
+  std::string waiting_; // what the platform has not taken yet
+  std::condition_variable more_;
+  bool over_ = false;
+  std::thread writer_; // where it is slow to take it; mostly there is none
 };
 
 // A connection to the target, in use or kept for the next request.
@@ -567,7 +582,7 @@ public:
   // From any thread: here is a connection to serve; look what has changed, with
   // the target or the Listener; or just wake up.
   void adopt(Descriptor client, std::string peer, bool crowded);
-  void tell();
+  void tell(bool let_kept_go = false);
   void wake();
   std::size_t size() const { return size_; }
 
@@ -575,12 +590,14 @@ public:
   // them.
   void turn(Clock::time_point until);
   Clock::time_point now() const { return now_; } // when this turn began
-  void watch(Socket &socket) { poller_.add(socket); }
+  bool watch(Socket &socket) { return poller_.add(socket); }
   void forget(Socket &socket) { poller_.remove(socket); }
   // A connection of this life of the target, kept for less than `oldest`; null
   // if there is none. With `care`, it has said nothing this very moment.
   std::unique_ptr<Upstream> take(std::uint64_t generation, milliseconds oldest,
                                  bool care);
+  // Null, and errno, if there is no room for it.
+  std::unique_ptr<Upstream> open(Descriptor fd, std::uint64_t generation);
   void keep(std::unique_ptr<Upstream> upstream);
   void drop(std::unique_ptr<Upstream> upstream);
 
@@ -600,11 +617,13 @@ private:
   void schedule(Connection &connection, Clock::time_point when);
   void end(Connection &connection);
   void look_at_kept(const Socket &socket);
+  void drop_oldest();
+  void limit_kept();
 
   Poller poller_;
   Socket woken_;
   Descriptor wake_;
-  std::atomic<bool> told_{false};
+  std::atomic<bool> told_{false}, let_kept_go_{false};
   std::mutex mutex_; // of arrivals_
   std::vector<Arrival> arrivals_;
   std::atomic<std::size_t> size_{0}; // with those that arrive
@@ -613,6 +632,7 @@ private:
   std::list<Connection> connections_;
   std::set<std::pair<Clock::time_point, Connection *>> timers_;
   std::vector<std::unique_ptr<Upstream>> kept_; // the last one last
+  std::size_t upstreams_ = 0;                   // with those in use
 };
 
 // Binding and the socket are httplib::Server's. Its accept loop is not used: it
@@ -630,6 +650,7 @@ public:
   void stop();
 
   void left(); // a connection has
+  void let_kept_go();
   bool draining() const { return draining_; }
   bool cutting() const { return cutting_; }
   std::size_t connections() const;
@@ -650,7 +671,7 @@ private:
   Socket listening_;
   Clock::time_point paused_until_{};
   std::atomic<bool> draining_{false}, cutting_{false}, waiting_for_room_{false};
-  bool full_ = false;
+  Clock::time_point complain_at_{}; // again, of too many connections
 };
 
 // One client's connection: its requests, one after the other.
@@ -701,6 +722,7 @@ private:
     Framing framing;
     bool moved = false;   // something went out
     bool stopped = false; // `to` takes no more
+    bool shut = false;    // `to` was told that there is no more
     bool unframe = false; // pass the content of chunks, not the chunks
   };
   enum class Outcome {
@@ -722,7 +744,7 @@ private:
   bool can_hear() const;
   bool hear();
   bool dial(milliseconds patience);
-  void use(Descriptor fd);
+  Step no_connection();
   Step no_answer();
   Step exchange();
   Outcome pump();
@@ -764,11 +786,12 @@ private:
   std::unique_ptr<Upstream> upstream_;
   Flow up_{from_client_}, down_{from_target_};
   int attempt_ = 0;
-  bool repeatable_ = false;           // the target may get it twice
-  bool reused_ = false;               // upstream_ was
-  Clock::time_point page_after_{};    // when who waits is shown a page
-  milliseconds patience_{0};          // with a connection that was dialled,
-  Clock::time_point dial_again_at_{}; // and until when
+  bool repeatable_ = false;        // the target may get it twice
+  bool reused_ = false;            // upstream_ was
+  Clock::time_point page_after_{}; // when who waits is shown a page
+  bool dialling_ = false;          // it may not be connected yet,
+  milliseconds patience_{0};       // and is dialled again after that
+  Clock::time_point stalled_at_{}; // when something is done about it
   Clock::time_point linger_until_{};
 
   bool client_ended_ = false;   // it sends no more,
@@ -1373,13 +1396,11 @@ inline Poller::Poller() : epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
   }
 }
 
-inline void Poller::add(Socket &socket) {
+inline bool Poller::add(Socket &socket) {
   epoll_event event{};
-  event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET;
+  event.events = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET;
   event.data.ptr = &socket;
-  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, socket.fd.get(), &event) != 0) {
-    throw std::system_error(errno, std::generic_category(), "epoll_ctl");
-  }
+  return ::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, socket.fd.get(), &event) == 0;
 }
 
 // Has to be said although it will be closed: a child that was just forked can
@@ -1399,7 +1420,8 @@ inline void Poller::wait(Clock::time_point until) {
     const auto what = events[i].events;
     auto &socket = *static_cast<Socket *>(events[i].data.ptr);
     socket.broken |= (what & (EPOLLHUP | EPOLLERR)) != 0;
-    socket.ended |= socket.broken || (what & EPOLLRDHUP);
+    // A recv(2) stops short of urgent data, too.
+    socket.ended |= socket.broken || (what & (EPOLLRDHUP | EPOLLPRI));
     socket.readable |= socket.ended || (what & EPOLLIN);
     socket.writable |= socket.broken || (what & EPOLLOUT);
     news_.push_back(&socket);
@@ -1408,7 +1430,10 @@ inline void Poller::wait(Clock::time_point until) {
 #else
 inline Poller::Poller() = default;
 
-inline void Poller::add(Socket &socket) { sockets_.push_back(&socket); }
+inline bool Poller::add(Socket &socket) {
+  sockets_.push_back(&socket);
+  return true;
+}
 
 inline void Poller::remove(Socket &socket) {
   sockets_.erase(std::remove(sockets_.begin(), sockets_.end(), &socket),
@@ -1508,8 +1533,8 @@ inline ssize_t Block::receive(int fd, bool &more) {
 
 inline ssize_t receive(Socket &from, Block &to) {
   const auto n = to.receive(from.fd.get(), from.readable);
-  // Behind the last bytes there is an end, of which there is no further news.
-  from.readable |= from.ended;
+  // Behind those bytes there is an end, of which there is no further news.
+  from.readable |= n > 0 && from.ended;
   return n;
 }
 
@@ -1707,6 +1732,12 @@ inline void Listener::tell_all() {
   }
 }
 
+inline void Listener::let_kept_go() {
+  for (const auto &loop : loops_) {
+    loop->tell(true);
+  }
+}
+
 inline void Listener::left() {
   if (waiting_for_room_ || draining_) { loops_.front()->wake(); }
 }
@@ -1719,7 +1750,8 @@ inline std::size_t Listener::connections() const {
   return count;
 }
 
-// Two descriptors a connection, and some for the rest of us.
+// Two descriptors a connection, and some for the rest of us: for each Loop
+// three and those of `spare_upstreams`, for the Supervisor about ten.
 inline std::size_t Listener::capacity() const {
   rlimit files{};
   if (::getrlimit(RLIMIT_NOFILE, &files) != 0) {
@@ -1766,11 +1798,11 @@ inline bool Listener::accept() {
     if (client) {
       const auto count = connections();
       const bool crowded = count >= capacity();
-      if (crowded && !full_) {
+      if (crowded && now >= complain_at_) {
+        complain_at_ = now + std::chrono::seconds(10);
         log(concat("more than ", std::to_string(count),
                    " connections: further ones are answered 503"));
       }
-      full_ = crowded;
       const auto end = loops_.begin() + static_cast<std::ptrdiff_t>(running_);
       const auto least = std::min_element(
           loops_.begin(), end,
@@ -1794,12 +1826,11 @@ inline bool Listener::accept() {
  */
 
 inline Loop::Loop(Listener &l) : listener(l) {
-  if (!make_pipe(woken_.fd, wake_)) {
+  if (!make_pipe(woken_.fd, wake_) || !poller_.add(woken_)) {
     throw std::system_error(errno, std::generic_category(), "pipe");
   }
   ::fcntl(woken_.fd.get(), F_SETFL, O_NONBLOCK);
   ::fcntl(wake_.get(), F_SETFL, O_NONBLOCK);
-  poller_.add(woken_);
 }
 
 inline Loop::~Loop() = default; // where Connection is complete
@@ -1813,7 +1844,8 @@ inline void Loop::adopt(Descriptor client, std::string peer, bool crowded) {
   wake();
 }
 
-inline void Loop::tell() {
+inline void Loop::tell(bool let_kept_go) {
+  if (let_kept_go) { let_kept_go_ = true; }
   told_ = true;
   wake();
 }
@@ -1854,8 +1886,7 @@ inline void Loop::turn(Clock::time_point until) {
     go_on(connection);
   }
   while (!kept_.empty() && now_ - kept_.front()->since >= kept_limit) {
-    drop(std::move(kept_.front()));
-    kept_.erase(kept_.begin());
+    drop_oldest();
   }
 }
 
@@ -1891,10 +1922,10 @@ inline void Loop::attend() {
     }
   }
   // A target that is to end may wait for its connections to do so first.
+  const bool all = let_kept_go_.exchange(false);
   while (!kept_.empty() &&
-         !listener.supervisor.is_up(kept_.back()->generation)) {
-    drop(std::move(kept_.back()));
-    kept_.pop_back();
+         (all || !listener.supervisor.is_up(kept_.front()->generation))) {
+    drop_oldest();
   }
 }
 
@@ -1927,6 +1958,7 @@ inline void Loop::end(Connection &connection) {
   timers_.erase({connection.scheduled, &connection});
   connections_.erase(connection.self);
   --size_;
+  limit_kept();
   listener.left();
 }
 
@@ -1948,7 +1980,19 @@ inline std::unique_ptr<Upstream> Loop::take(std::uint64_t generation,
     }
     drop(std::move(upstream));
   }
+  if (!kept_.empty()) { drop_oldest(); } // it is replaced by a new one
   return {};
+}
+
+inline std::unique_ptr<Upstream> Loop::open(Descriptor fd,
+                                            std::uint64_t generation) {
+  auto upstream = std::make_unique<Upstream>();
+  upstream->fd = std::move(fd);
+  upstream->generation = generation;
+  if (!poller_.add(*upstream)) { return {}; }
+  ++upstreams_;
+  limit_kept();
+  return upstream;
 }
 
 inline void Loop::keep(std::unique_ptr<Upstream> upstream) {
@@ -1959,6 +2003,18 @@ inline void Loop::keep(std::unique_ptr<Upstream> upstream) {
 
 inline void Loop::drop(std::unique_ptr<Upstream> upstream) {
   poller_.remove(*upstream);
+  --upstreams_;
+}
+
+inline void Loop::drop_oldest() {
+  drop(std::move(kept_.front()));
+  kept_.erase(kept_.begin());
+}
+
+inline void Loop::limit_kept() {
+  while (!kept_.empty() && upstreams_ > size_ + spare_upstreams) {
+    drop_oldest();
+  }
 }
 
 // What the target says, or does, about a connection that nobody uses.
@@ -1982,11 +2038,19 @@ inline Connection::Connection(Loop &loop, Descriptor client, std::string peer,
       from_target_(loop.pages) {
   client_.fd = std::move(client);
   client_.user = this;
-  loop_.watch(client_);
+  if (!loop_.watch(client_)) {
+    throw std::system_error(errno, std::generic_category(), "epoll_ctl");
+  }
   await_request();
 }
 
 inline Connection::~Connection() {
+  // In the middle of an exchange a close would look like the end of what only
+  // ends so.
+  if (stage_ == Stage::exchanging && answering_ &&
+      (down_.unframe || down_.framing.mode() >= Framing::Mode::until_close)) {
+    reset_on_close(client_.fd.get());
+  }
   let_go();
   end_invocation();
   loop_.forget(client_);
@@ -2026,7 +2090,8 @@ inline Connection::Step Connection::read_request() {
     return say(status, reason);
   };
   std::size_t end = 0;
-  for (;;) {
+  for (int i = 0;; ++i) {
+    if (i == portions_a_turn) { return Step::soon; }
     // RFC 9112, section 2.2: empty lines before a request are skipped.
     while (starts_with(from_client_.view(), "\r\n")) {
       from_client_.consume(2);
@@ -2059,6 +2124,7 @@ inline Connection::Step Connection::read_request() {
   from_client_.consume(end);
   const auto refusal = parse_request(request_text_, request_);
   if (refusal.status) { return refuse(refusal.status, refusal.reason); }
+  invocation_owed_ = listener_.vercel != nullptr;
   if (crowded_) {
     request_.keep_alive = false;
     return say(503, "too many connections", "Retry-After: 1\r\n");
@@ -2070,7 +2136,6 @@ inline Connection::Step Connection::read_request() {
 inline Connection::Step Connection::begin() {
   answering_ = interim_ = keep_ = cut_ = client_ended_ = false;
   gone_at_ = Clock::time_point::max();
-  invocation_owed_ = listener_.vercel != nullptr;
   const auto path = request_.target.substr(0, request_.target.find('?'));
   if (listener_.vercel && path == "/_vercel/ping") {
     invocation_owed_ = false;
@@ -2148,17 +2213,14 @@ inline Connection::Step Connection::connect() {
                       : repeatable_ ? milliseconds(kept_limit)
                                     : fresh_limit;
   upstream_ = loop_.take(lease_->generation, oldest, !repeatable_);
-  reused_ = upstream_ || (lease_->proof && is_silent(lease_->proof.get()));
-  dial_again_at_ = Clock::time_point::max();
-  if (upstream_) {
-    upstream_->user = this;
-  } else if (reused_) {
-    use(std::move(lease_->proof));
-  } else if (!dial(milliseconds(20))) {
-    return errno == EMFILE || errno == ENFILE
-               ? say(503, "out of file descriptors", "Retry-After: 1\r\n")
-               : no_answer();
+  if (!upstream_ && lease_->proof && is_silent(lease_->proof.get())) {
+    upstream_ = loop_.open(std::move(lease_->proof), lease_->generation);
   }
+  reused_ = upstream_ != nullptr;
+  dialling_ = false;
+  stalled_at_ = Clock::time_point::max();
+  if (!upstream_ && !dial(milliseconds(20))) { return no_connection(); }
+  upstream_->user = this;
   up_.to = upstream_.get();
   write_request_head(up_.head);
   up_.framing = request_.framing;
@@ -2175,18 +2237,26 @@ inline Connection::Step Connection::connect() {
 inline bool Connection::dial(milliseconds patience) {
   auto fd = connect_to_target(lease_->ipv6, lease_->port, milliseconds(0));
   if (!fd) { return false; }
+  upstream_ = loop_.open(std::move(fd), lease_->generation);
+  if (!upstream_) { return false; }
+  upstream_->user = this;
+#ifndef __linux__ // where a loopback connect is done by now, if there is room
+  upstream_->writable = false;
+#endif
+  up_.to = upstream_.get();
+  dialling_ = true;
   patience_ = patience;
-  dial_again_at_ = loop_.now() + patience;
-  use(std::move(fd));
+  stalled_at_ = loop_.now() + patience;
   return true;
 }
 
-inline void Connection::use(Descriptor fd) {
-  upstream_ = std::make_unique<Upstream>();
-  upstream_->fd = std::move(fd);
-  upstream_->user = this;
-  upstream_->generation = lease_->generation;
-  loop_.watch(*upstream_);
+// errno says why.
+inline Connection::Step Connection::no_connection() {
+  if (errno == ECONNREFUSED || errno == ETIMEDOUT) { return no_answer(); }
+  // It is us who lack something: descriptors, ports, memory.
+  listener_.let_kept_go();
+  return say(503, concat("no connection to the target: ", std::strerror(errno)),
+             "Retry-After: 1\r\n");
 }
 
 // The target did not say a word.
@@ -2253,7 +2323,7 @@ inline void Connection::Flow::begin() {
   head.clear();
   sent = passed = 0;
   framing = {};
-  moved = stopped = unframe = false;
+  moved = stopped = shut = unframe = false;
 }
 
 // Lets pass what the block holds of this message.
@@ -2294,16 +2364,26 @@ inline bool Connection::Flow::push() {
 }
 
 inline Connection::Step Connection::exchange() {
-  if (loop_.now() >= dial_again_at_) {
-    loop_.drop(std::move(upstream_));
-    if (patience_ > std::chrono::seconds(10) || !dial(patience_ * 2)) {
-      return no_answer();
+  if (loop_.now() >= stalled_at_) {
+    stalled_at_ = Clock::time_point::max();
+    if (!dialling_) {
+      listener_.let_kept_go();
+    } else if (!upstream_->writable) {
+      loop_.drop(std::move(upstream_));
+      errno = ETIMEDOUT;
+      if (patience_ > std::chrono::seconds(10) || !dial(patience_ * 2)) {
+        return no_connection();
+      }
     }
-    up_.to = upstream_.get();
   }
   const auto outcome = pump();
-  if (up_.moved) { dial_again_at_ = Clock::time_point::max(); }
-  deadline_ = std::min(dial_again_at_, gone_at_);
+  if (answering_) {
+    stalled_at_ = Clock::time_point::max();
+  } else if (dialling_ && up_.moved) {
+    dialling_ = false;
+    stalled_at_ = loop_.now() + stall_limit;
+  }
+  deadline_ = std::min(stalled_at_, gone_at_);
   switch (outcome) {
   case Outcome::pending: return Step::wait;
   case Outcome::unfinished: return Step::soon;
@@ -2322,11 +2402,6 @@ inline Connection::Step Connection::exchange() {
   case Outcome::cut: break;
   }
   cut_ = true;
-  // A close would look like the end of what only ends so.
-  if (answering_ &&
-      (down_.unframe || down_.framing.mode() >= Framing::Mode::until_close)) {
-    reset_on_close(client_.fd.get());
-  }
   return finish();
 }
 
@@ -2342,11 +2417,17 @@ inline Connection::Outcome Connection::pump() {
     const bool tunnel = down_.framing.mode() == Framing::Mode::tunnel;
     if (tunnel) {
       if (!down_.pending()) { end_invocation(); } // the 101 is out
-      if (up_.stopped) { return Outcome::cut; }
+      // Both of its ends are closed, and not by us: it was reset.
+      if (up_.stopped || (client_.broken && !down_.shut)) {
+        return Outcome::cut;
+      }
       if (client_ended_) { up_.framing.close(); }
       gone_at_ = Clock::time_point::max();
       for (const auto flow : {&up_, &down_}) { // half-close, each for itself
-        if (flow->finished()) { ::shutdown(flow->to->fd.get(), SHUT_WR); }
+        // Once: each call is news of the socket itself.
+        if (flow->finished() && !std::exchange(flow->shut, true)) {
+          ::shutdown(flow->to->fd.get(), SHUT_WR);
+        }
       }
       if (up_.finished() && down_.finished()) { return Outcome::answered; }
     } else if (answering_ && down_.finished()) {
@@ -3163,14 +3244,18 @@ inline bool Supervisor::prove(Lock &lock, bool starting,
     }
     lock.unlock();
     if (!connection) { connection = reach(); }
+    const int error = errno;
     const bool connected = static_cast<bool>(connection);
     if (!connected) {
-      seen = concat("port ", std::to_string(port_), ": ", std::strerror(errno));
+      seen = concat("port ", std::to_string(port_), ": ", std::strerror(error));
     }
     const bool good = connected && (!starting || options_.health_path.empty() ||
                                     probe(connection, deadline, seen));
+    // When it is us who lack something, that says nothing about the target.
+    const bool unclear =
+        !connected && !starting && error != ECONNREFUSED && error != ETIMEDOUT;
     lock.lock();
-    if (good) {
+    if (good || unclear) {
       // The connection that proved it is the first one used.
       if (connection) {
         proof_ = std::move(connection);
@@ -3728,13 +3813,48 @@ inline void Vercel::unrecoverable(int exit_code, std::string_view message) {
 inline void Vercel::send(std::string message) {
   message += '\0';
   const std::lock_guard<std::mutex> lock(mutex_); // whole, or they mix
-  for (std::size_t sent = 0; sent < message.size();) {
-    const auto n =
-        ::send(socket_.get(), message.data() + sent, message.size() - sent, 0);
-    if (n < 0 && errno == EINTR) { continue; }
-    if (n <= 0) { return; } // nobody listens any more
-    sent += static_cast<std::size_t>(n);
+  waiting_ += message;
+  flush();
+  if (waiting_.empty()) { return; }
+  // The platform's pace is not to be that of every request.
+  if (!writer_.joinable()) {
+    writer_ = std::thread([this] { write_waiting(); });
   }
+  more_.notify_one();
+}
+
+// Sends what can be sent now. Under mutex_.
+inline void Vercel::flush() {
+  while (!waiting_.empty()) {
+    const auto n =
+        ::send(socket_.get(), waiting_.data(), waiting_.size(), MSG_DONTWAIT);
+    if (n < 0 && would_block(errno)) { return; }
+    // Should nobody listen any more, nobody misses it.
+    waiting_.erase(0, n > 0 ? static_cast<std::size_t>(n) : waiting_.npos);
+  }
+}
+
+inline void Vercel::write_waiting() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    more_.wait(lock, [this] { return over_ || !waiting_.empty(); });
+    if (waiting_.empty()) { return; }
+    lock.unlock();
+    pollfd fds[] = {{socket_.get(), POLLOUT, 0}};
+    const bool ready = wait_for(fds, Clock::now() + milliseconds(100));
+    lock.lock();
+    if (over_ && !ready) { return; } // it had its time
+    flush();
+  }
+}
+
+inline Vercel::~Vercel() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    over_ = true;
+    more_.notify_one();
+  }
+  if (writer_.joinable()) { writer_.join(); }
 }
 
 /*

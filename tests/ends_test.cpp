@@ -153,6 +153,17 @@ TEST_CASE("SIGTERM lets finish what is under way") {
   }
 }
 
+TEST_CASE("what only an end of the connection ends, is not ended by a cut") {
+  Marked proxy({}, {{"WARMPROXY_STOP_TIMEOUT", "200ms"}});
+  RawClient client(proxy.port());
+  client.send("GET /close?n=50000000 HTTP/1.1\r\nHost: test\r\n\r\n");
+  CHECK(client.read_response_head().status == 200);
+  proxy.signal(SIGTERM);
+  CHECK(proxy.wait() == 0);
+  CHECK(client.read_to_end().size() < 50000000);
+  CHECK(client.was_reset());
+}
+
 TEST_CASE("SIGTERM finds requests that nobody has taken yet") {
   constexpr int many = 600; // more than are accepted in one go
   Marked proxy({});

@@ -279,6 +279,20 @@ TEST_CASE("a client that half-closes behind its request is answered") {
   }));
 }
 
+TEST_CASE("urgent data is no end of the data") {
+  // It arrives as one with what is before and behind it, where a recv(2) stops
+  // in between.
+  ServeProcess proxy(serve_fake());
+  CHECK(get(proxy.port(), "/pid").status == 200);
+  proxy.signal(SIGSTOP);
+  RawClient client(proxy.port());
+  client.send("GET /pid HTTP/1.1\r\nHo");
+  CHECK(::send(client.fd(), "!", 1, MSG_OOB) == 1);
+  client.send("st: test\r\n\r\n");
+  proxy.signal(SIGCONT);
+  CHECK(client.read_response().status == 200);
+}
+
 // ---- interim answers -------------------------------------------------------
 
 TEST_CASE("Expect: 100-continue is between client and target") {
@@ -789,4 +803,21 @@ TEST_CASE("a client that leaves in a body leaves no half request behind") {
   const auto requests = stage.target.requests();
   CHECK(requests.size() == 2);
   CHECK(requests[0].connection != requests[1].connection);
+}
+
+TEST_CASE("a target that serves one connection at a time") {
+  std::mutex busy;
+  Stage stage([&](TargetConnection &c) {
+    const std::lock_guard<std::mutex> lock(busy);
+    answering(ok())(c);
+  });
+  // Ones that we keep must not be in the way, for as long as we would keep
+  // them.
+  const Milliseconds less_than_that(10000);
+  std::list<RawClient> clients;
+  for (int i = 0; i < 5; ++i) {
+    clients.emplace_back(stage.port());
+    clients.back().send(plain);
+    CHECK(clients.back().read_response(false, less_than_that).status == 200);
+  }
 }

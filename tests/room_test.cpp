@@ -126,6 +126,33 @@ TEST_CASE("256 descriptors") {
   serves(proxy);
 }
 
+TEST_CASE("connections that are kept take no one's descriptor") {
+  Within proxy("ulimit -n 256; exec \"$@\"", serve_fake());
+  std::list<RawClient> clients;
+  const std::string get = "GET /pid HTTP/1.1\r\nHost: test\r\n\r\n";
+  const std::string post = "POST /slow?ms=300 HTTP/1.1\r\nHost: test\r\n"
+                           "Content-Length: 0\r\n\r\n";
+  const auto all = [&](const std::string &request) {
+    for (auto &client : clients) {
+      client.send(request);
+    }
+    int good = 0;
+    for (auto &client : clients) {
+      good += client.read_response().status == 200;
+    }
+    return good;
+  };
+  for (int i = 0; i < 100; ++i) {
+    clients.emplace_back(proxy.port());
+  }
+  CHECK(all(get) == 100);
+  // So long that a POST must not ride on what was kept.
+  for (int i = 0; i < 3; ++i) {
+    CHECK(rests(proxy.pid()));
+  }
+  CHECK(all(post) == 100);
+}
+
 TEST_CASE("no /proc") {
   if (sanitized) { return; } // a sanitizer needs it
   const std::string hide = "mount -t tmpfs none /proc";
@@ -237,7 +264,8 @@ TEST_CASE("no descriptor left for the target") {
   limit(proxy.pid(), "nofile=3");
   const auto response = client.get("/pid");
   CHECK(response.status == 503);
-  CHECK(response.body == "warmproxy: out of file descriptors\n");
+  CHECK(response.body == "warmproxy: no connection to the target: "
+                         "Too many open files\n");
   CHECK(response.header("Retry-After") != "");
   CHECK(rests(proxy.pid()));
   limit(proxy.pid(), "nofile=" + most);

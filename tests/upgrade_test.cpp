@@ -1,8 +1,6 @@
 // Upgrades: behind a 101, bytes go both ways until both sides have ended.
 
-#include "support.hpp"
-
-#include <doctest/doctest.h>
+#include "figures.hpp"
 
 #include <future>
 
@@ -367,4 +365,30 @@ TEST_CASE("an upgrade after interim answers and other requests") {
   client.send("bytes");
   CHECK(client.read_exact(5) == "bytes");
   CHECK(get(stage.port()).body == "ok"); // that connection is not used again
+}
+
+TEST_CASE("half a tunnel costs no time, and a reset ends it") {
+  std::promise<void> over;
+  const auto waited = over.get_future().share();
+  ScriptedTarget target([&](TargetConnection &c) {
+    if (c.read_head().empty()) { return; }
+    c.send(switching);
+    waited.wait(); // it neither reads nor ends
+  });
+  Watched proxy({{"WARMPROXY_BINARY", "/bin/false"},
+                 {"WARMPROXY_TARGET_PORT", std::to_string(target.port())},
+                 {"WARMPROXY_HEALTH_PATH", ""}});
+  RawClient client(proxy.port());
+  client.send(websocket);
+  CHECK(client.read_response().status == 101);
+  SUBCASE("behind an end") { client.shutdown_write(); }
+  SUBCASE("behind more than the target takes") {
+    const std::string large(64u << 20, 'x');
+    CHECK_THROWS_AS(client.send(large, Milliseconds(300)), Error);
+  }
+  CHECK(rests(proxy.pid()));
+  CHECK(proxy.number("in_flight") == 1);
+  client.reset();
+  CHECK(proxy.alone());
+  over.set_value();
 }

@@ -241,6 +241,9 @@ public:
     });
   }
 
+  // The platform stops reading, until it is let go on.
+  void pause(bool paused) { paused_ = paused; }
+
   // The platform goes away.
   void hang_up() {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -259,7 +262,8 @@ private:
       std::string buffer;
       char block[4096];
       ssize_t n;
-      while ((n = recv(fd, block, sizeof(block), 0)) > 0) {
+      while (wait_for([&] { return !paused_; }) &&
+             (n = recv(fd, block, sizeof(block), 0)) > 0) {
         buffer.append(block, static_cast<std::size_t>(n));
         std::size_t end;
         while ((end = buffer.find('\0')) != std::string::npos) {
@@ -297,6 +301,7 @@ private:
   std::string error_;
   int connection_ = -1;
   bool closed_ = false;
+  std::atomic<bool> paused_{false};
 };
 
 // build/warmproxy as a function. PORT=0 only so that tests can run side by
@@ -865,6 +870,50 @@ TEST_CASE("vercel: what the target gets to see of it") {
     CHECK(body.find("\nHOME=/root\n") != std::string::npos);
     CHECK(body.find("\nTMPDIR=/var/tmp\n") != std::string::npos);
   }
+}
+
+TEST_CASE("vercel: one too many is told so, and has an end too") {
+  auto environment = serve_fake();
+  environment["WARMPROXY_MAX_CONNECTIONS"] = "4";
+  Function function(environment);
+  std::list<RawClient> inside;
+  for (int i = 0; i < 4; ++i) {
+    inside.emplace_back(function.port);
+    CHECK(inside.back().get("/_vercel/ping").status == 200);
+  }
+  CHECK(function.request("crowded").status == 503);
+  CHECK(function.platform.ended("crowded"));
+  inside.clear();
+  function.finish({"crowded"});
+}
+
+TEST_CASE("vercel: a platform that does not read hinders no request") {
+  Function function;
+  function.platform.pause(true);
+  // More than any socket has room for.
+  const std::size_t count = 3000;
+  const std::string name(400, 'i');
+  RawClient client(function.port);
+  for (std::size_t i = 0; i < count; ++i) {
+    client.send("GET /pid HTTP/1.1\r\nHost: x\r\n" +
+                Function::identified(name + std::to_string(i)) + "\r\n");
+    CHECK(client.read_response().status == 200);
+  }
+  CHECK(get(function.port, "/_vercel/ping").status == 200);
+  SUBCASE("and hears of it all in the end") {
+    function.platform.pause(false);
+    CHECK(wait_for([&] { return function.platform.count("end") == count; }));
+    client.close();
+    function.process.signal(SIGTERM);
+  }
+  SUBCASE("nor does it hold up the end") {
+    client.close();
+    function.process.signal(SIGTERM);
+    CHECK(function.process.wait() == 0);
+    function.platform.hang_up();
+    function.platform.pause(false);
+  }
+  CHECK(function.process.wait() == 0);
 }
 
 TEST_CASE("vercel: without the platform it runs as anywhere else") {
