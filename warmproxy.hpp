@@ -1449,7 +1449,8 @@ inline void Poller::wait(Clock::time_point until) {
                    static_cast<short>((socket->readable ? 0 : POLLIN) |
                                       (socket->writable ? 0 : POLLOUT)),
                    0});
-    if (!fds.back().events) { fds.back().fd = -1; } // all is known of it
+    // It would be told of again and again. Before that, of a reset.
+    if (!fds.back().events && socket->ended) { fds.back().fd = -1; }
   }
   news_.clear();
   next_ = 0;
@@ -1461,8 +1462,8 @@ inline void Poller::wait(Clock::time_point until) {
     const auto what = fds[i].revents;
     auto &socket = *sockets_[i];
     if (!what) { continue; }
-    socket.broken |= (what & (POLLHUP | POLLERR | POLLNVAL)) != 0;
-    socket.ended |= socket.broken;
+    socket.broken |= (what & (POLLERR | POLLNVAL)) != 0;
+    socket.ended |= socket.broken || (what & POLLHUP);
     socket.readable |= socket.ended || (what & POLLIN);
     socket.writable |= socket.broken || (what & POLLOUT);
     news_.push_back(&socket);
