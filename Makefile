@@ -467,6 +467,7 @@ httplib.h build/_httplib/httplib.h:
 # root and changes no setting of the machine; apt checks the signatures.
 define httplib_from_debian
   echo 'warmproxy: $(HTTPLIB_URL) is out of reach: taking the source package of Debian' && \
+  { command -v xz >/dev/null || { $(call install,xz-utils); }; } && \
   rm -rf build/_source && mkdir -p build/_source/lists/partial build/_source/cache/archives/partial && \
   mirror=$$(apt-get indextargets --format '$$(REPO_URI)' 'Created-By: Packages' | grep -v security | head -1) && \
   cd build/_source && \
