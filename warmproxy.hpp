@@ -1351,34 +1351,9 @@ inline void set_option(int fd, int level, int name, int value) {
   ::setsockopt(fd, level, name, &value, sizeof(value));
 }
 
-inline void set_timeout(int fd, int name, std::chrono::microseconds time) {
-  timeval value;
-  value.tv_sec = static_cast<decltype(value.tv_sec)>(time.count() / 1000000);
-  value.tv_usec = static_cast<decltype(value.tv_usec)>(time.count() % 1000000);
-  ::setsockopt(fd, SOL_SOCKET, name, &value, sizeof(value));
-}
-
 inline void reset_on_close(int fd) {
   const linger now{1, 0};
   ::setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now));
-}
-
-// Waits until one of `fds` is ready or `until` has come.
-template <std::size_t N>
-bool wait_for(pollfd (&fds)[N], Clock::time_point until) {
-  using std::chrono::nanoseconds;
-  const auto left =
-      until == Clock::time_point::max()
-          ? nanoseconds(std::chrono::hours(1))
-          : std::max(nanoseconds(0), nanoseconds(until - Clock::now()));
-#ifdef __linux__ // readiness is looked for every 250 us, poll(2) counts in ms
-  const timespec time{static_cast<time_t>(left.count() / 1000000000),
-                      static_cast<long>(left.count() % 1000000000)};
-  return ::ppoll(fds, N, &time, nullptr) > 0;
-#else
-  return ::poll(fds, N, static_cast<int>((left.count() + 999999) / 1000000)) >
-         0;
-#endif
 }
 
 // What poll(2) and its like take: milliseconds, never too few; -1 for ever.
@@ -1387,6 +1362,21 @@ inline int milliseconds_to(Clock::time_point until) {
   const auto left = std::chrono::ceil<milliseconds>(until - Clock::now());
   return static_cast<int>(std::clamp<std::int64_t>(
       left.count(), 0, std::numeric_limits<int>::max()));
+}
+
+// Waits until one of `fds` is ready or `until` has come.
+template <std::size_t N>
+bool wait_for(pollfd (&fds)[N], Clock::time_point until) {
+#ifdef __linux__ // readiness is looked for every 250 us, poll(2) counts in ms
+  using std::chrono::nanoseconds;
+  const auto left = std::max(nanoseconds(0), nanoseconds(until - Clock::now()));
+  const timespec time{static_cast<time_t>(left.count() / 1000000000),
+                      static_cast<long>(left.count() % 1000000000)};
+  return ::ppoll(fds, N, until == Clock::time_point::max() ? nullptr : &time,
+                 nullptr) > 0;
+#else
+  return ::poll(fds, N, milliseconds_to(until)) > 0;
+#endif
 }
 
 #ifdef __linux__
@@ -1525,8 +1515,7 @@ inline ssize_t Block::receive(int fd, bool &more) {
   const int error = errno;
   const auto got = n > 0 ? static_cast<std::size_t>(n) : 0;
   end_ += got;
-  more =
-      n == 0 || got == room; // there can be more only where there was no room
+  more = n == 0 || got == room; // else that was all
   if (empty()) { clear(); }
   errno = error;
   return n;
@@ -1586,7 +1575,11 @@ inline Descriptor connect_to_target(bool ipv6, int port,
   if (!fd) { return fd; }
   set_option(fd.get(), IPPROTO_TCP, TCP_NODELAY, 1);
   if (patience.count()) {
-    set_timeout(fd.get(), SO_SNDTIMEO, patience);
+    timeval time{};
+    time.tv_sec = static_cast<decltype(time.tv_sec)>(patience.count() / 1000);
+    time.tv_usec =
+        static_cast<decltype(time.tv_usec)>(patience.count() % 1000 * 1000);
+    ::setsockopt(fd.get(), SOL_SOCKET, SO_SNDTIMEO, &time, sizeof(time));
   } else {
     ::fcntl(fd.get(), F_SETFL, O_NONBLOCK);
   }
