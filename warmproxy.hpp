@@ -100,7 +100,7 @@ struct Options {
   // that and start nothing.
   int target_port = 0;
   // Added to the target's environment, over what is inherited; "{port}" as
-  // above. WARMPROXY_* and VERCEL_IPC_PATH are never inherited.
+  // above. HOST, WARMPROXY_* and VERCEL_IPC_PATH are never inherited.
   std::map<std::string, std::string> env;
   // Its working directory; "": ours.
   std::string directory;
@@ -3385,8 +3385,10 @@ inline void Supervisor::watch(Lock &lock) {
       const auto lived = Clock::now() - up_since_;
       // One that dies again and again as soon as it is up is not restarted any
       // faster than one that cannot start; the first time may be chance.
+      const bool at_once = lived < milliseconds(250);
+      if (!at_once) { pause_ = milliseconds(0); }
       not_before_ = Clock::now() + pause_;
-      pause_ = lived < milliseconds(250) ? next_pause() : milliseconds(0);
+      if (at_once) { pause_ = next_pause(); }
       failure_.reason = concat("the target ", exit_);
       state_ = State::stopping;
       lock.unlock();
@@ -3835,7 +3837,7 @@ inline void Vercel::write_waiting() {
     if (waiting_.empty()) { return; }
     lock.unlock();
     pollfd fds[] = {{socket_.get(), POLLOUT, 0}};
-    const bool ready = wait_for(fds, Clock::now() + milliseconds(100));
+    const bool ready = wait_for(fds, Clock::now() + std::chrono::seconds(2));
     lock.lock();
     if (over_ && !ready) { return; } // it had its time
     flush();
@@ -4058,8 +4060,8 @@ inline int serve(Options options, int argc, const char *const *argv) {
       detail::append(line, "  ", setting.variable);
     }
     std::puts(line.c_str());
-    std::puts("\nTimes are 500ms, 45s, 10m; {port} in the arguments is the "
-              "target's port.");
+    std::puts("\nTimes are 500ms, 45s, 10m, 2h, 30d; {port} in the arguments "
+              "is the target's port.");
     return 0;
   }
 

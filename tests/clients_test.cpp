@@ -42,15 +42,13 @@ bool busy(int port, int clients, int requests) {
 
 // What a proxy costs when nobody is there, once it has seen some.
 Figures at_rest(Watched &proxy, int clients = 50) {
+  CHECK(proxy.alone());
+  const auto at_first = proxy.figures();
   CHECK(busy(proxy.port(), clients, 2));
   CHECK(proxy.alone());
   CHECK(proxy.reaches("cold"));
-  Figures now = proxy.figures(), before{};
-  wait_for([&] {
-    before = std::exchange(now, proxy.figures());
-    return now.threads == before.threads && now.fds == before.fds;
-  });
-  return now;
+  CHECK(proxy.comes_back_to(at_first));
+  return proxy.figures();
 }
 
 } // namespace

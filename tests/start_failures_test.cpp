@@ -244,6 +244,23 @@ TEST_CASE("a target that logs before it listens is not held up by that") {
   CHECK(log.st_size >= megabytes << 20);
 }
 
+TEST_CASE("a good start makes up for those that failed before it") {
+  TemporaryDirectory directory;
+  warmproxy::Options options;
+  options.binary = "/bin/sh";
+  options.args = {"-c",
+                  "echo >>\"$0\"; [ $(wc -l <\"$0\") -gt 4 ] || exit 3; "
+                  "exec \"$1\"",
+                  directory / "starts", built("fake")};
+  RunningProxy proxy(options);
+  CHECK(wait_for([&] { return get(proxy.port(), "/pid").status == 200; }));
+  CHECK(proxy.status().starts == 5);
+  // For longer than what dies as soon as it is up.
+  CHECK(wait_for([&] { return proxy.status().up_for > Milliseconds(300); }));
+  kill_one(proxy.status().pid);
+  CHECK(get(proxy.port(), "/pid").status == 200);
+}
+
 TEST_CASE("a crash loop costs no more than the pauses allow") {
   TemporaryDirectory directory;
   const auto starts = directory / "starts";
