@@ -4060,8 +4060,8 @@ inline int serve(Options options, int argc, const char *const *argv) {
       detail::append(line, "  ", setting.variable);
     }
     std::puts(line.c_str());
-    std::puts("\nTimes are 500ms, 45s, 10m, 2h, 30d; {port} in the arguments "
-              "is the target's port.");
+    std::puts("\nTimes are 500ms, 45s, 10m, 2h, 30d; {port} in arguments is "
+              "the target's port.");
     return 0;
   }
 
