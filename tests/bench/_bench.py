@@ -77,6 +77,34 @@ def wait_for_listener(port, process):
     raise RuntimeError(f"{process.args[0]} does not listen on {port}")
 
 
+def family(pid, without=()):
+    """A process and all below it, but for those whose name ends so."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, fields = stat.read_text().rsplit(")", 1)
+        except OSError:
+            continue
+        if not without or not name.endswith(without):
+            parents[int(stat.parent.name)] = int(fields.split()[1])
+    mine = {pid}
+    while True:
+        more = {p for p, parent in parents.items() if parent in mine} - mine
+        if not more:
+            return mine
+        mine |= more
+
+
+def keep_to(processors):
+    """Puts us and all that we run on these, now."""
+    for pid in family(os.getpid()):
+        for task in Path(f"/proc/{pid}/task").glob("[0-9]*"):
+            try:
+                os.sched_setaffinity(int(task.name), processors)
+            except OSError:  # it has ended
+                pass
+
+
 class Running:
     """A program in the background, and what it costs."""
 
@@ -102,20 +130,7 @@ class Running:
 
     def pids(self):
         """It and its children, but not a target that it started."""
-        parents = {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                name, fields = stat.read_text().rsplit(")", 1)
-            except OSError:
-                continue
-            if not name.endswith(("(target", "(user-server")):
-                parents[int(stat.parent.name)] = int(fields.split()[1])
-        mine = {self.process.pid}
-        while True:
-            more = {p for p, parent in parents.items() if parent in mine} - mine
-            if not more:
-                return mine
-            mine |= more
+        return family(self.process.pid, ("(target", "(user-server"))
 
     def cpu(self):
         """Seconds of processor time so far, user and kernel."""
@@ -458,6 +473,16 @@ class Bench:
         p50, p99, _ = self.ask("latency", peer.port, count)
         self.record("p50", peer, p50)
         self.record("p99", peer, p99)
+        # One after the other, client, proxy and target either share a processor
+        # or wake each other across two, which takes ten times as long: where
+        # they run is the scheduler's mood, and more than all that they do.
+        processors = os.sched_getaffinity(0)
+        keep_to({min(processors)})
+        try:
+            p50, _, _ = self.ask("latency", peer.port, count)
+        finally:
+            keep_to(processors)
+        self.record("p50 on one", peer, p50)
 
     def throughput(self, peer, connections):
         cpu = peer.running.cpu()
@@ -705,6 +730,12 @@ class Bench:
                     "≤ 1.00 ×" if other == "nginx-1" else "–",
                     self.ratios("p50", name, other), times,
                     (lambda m, _: m <= 1) if other == "nginx-1" else None)
+            for other in ("nginx-1", "haproxy"):
+                row("the same, all on one processor: p50 against "
+                    f"{other}{suffix}",
+                    "≤ 1.00 ×" if other == "nginx-1" else "–",
+                    self.ratios("p50 on one", name, other), times,
+                    (lambda m, _: m <= 1) if other == "nginx-1" else None)
             for connections in (16, 64):
                 for other, goal in (("nginx-1", 1), ("nginx-auto", 1),
                                     ("haproxy", 0), ("ipc-proxy", 4),
@@ -772,6 +803,7 @@ class Bench:
             ("start", "exec to listening, ms", ms),
             ("p50", "p50, 1 connection, µs", us),
             ("p99", "p99, 1 connection, µs", us),
+            ("p50 on one", "p50, 1 connection, all on one processor, µs", us),
             ("req/s 16", "req/s, 16 connections", plain),
             ("req/s 64", "req/s, 64 connections", plain),
             ("cpu 16", "processor time a request, 16 connections, µs", us),
