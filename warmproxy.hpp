@@ -1679,8 +1679,7 @@ inline bool Listener::run() {
     }
   } catch (const std::system_error &) {} // no more threads: fewer will do
 
-  first.watch(listening_);
-  bool good = true;
+  bool good = first.watch(listening_);
   while (good && !draining_) {
     first.turn(listening_.readable && !waiting_for_room_
                    ? paused_until_
