@@ -650,7 +650,8 @@ public:
   void stop();
 
   void left(); // a connection has
-  void let_kept_go();
+  // Tells all Loops: see Loop::tell().
+  void tell_all(bool let_kept_go = false);
   bool draining() const { return draining_; }
   bool cutting() const { return cutting_; }
   std::size_t connections() const;
@@ -664,7 +665,6 @@ public:
 private:
   std::size_t capacity() const;
   bool accept();
-  void tell_all();
 
   std::vector<std::unique_ptr<Loop>> loops_; // the first one accepts, too
   std::size_t running_ = 1;                  // of them
@@ -1343,6 +1343,22 @@ inline bool make_pipe(Descriptor &reading, Descriptor &writing) {
   return true;
 }
 
+// A pipe to wake a thread that waits for its reading end.
+inline bool make_wake_pipe(Descriptor &reading, Descriptor &writing) {
+  return make_pipe(reading, writing) &&
+         ::fcntl(reading.get(), F_SETFL, O_NONBLOCK) == 0 &&
+         ::fcntl(writing.get(), F_SETFL, O_NONBLOCK) == 0;
+}
+
+inline void write_wake(const Descriptor &writing) {
+  if (::write(writing.get(), "", 1) < 0) {} // full: it is awake
+}
+
+inline void read_wakes(const Descriptor &reading) {
+  char bytes[64];
+  while (::read(reading.get(), bytes, sizeof(bytes)) > 0) {}
+}
+
 inline bool would_block(int error) {
   return error == EAGAIN || error == EWOULDBLOCK || error == EINTR;
 }
@@ -1719,15 +1735,9 @@ inline void Listener::stop() {
   tell_all();
 }
 
-inline void Listener::tell_all() {
+inline void Listener::tell_all(bool let_kept_go) {
   for (const auto &loop : loops_) {
-    loop->tell();
-  }
-}
-
-inline void Listener::let_kept_go() {
-  for (const auto &loop : loops_) {
-    loop->tell(true);
+    loop->tell(let_kept_go);
   }
 }
 
@@ -1819,11 +1829,9 @@ inline bool Listener::accept() {
  */
 
 inline Loop::Loop(Listener &l) : listener(l) {
-  if (!make_pipe(woken_.fd, wake_) || !poller_.add(woken_)) {
+  if (!make_wake_pipe(woken_.fd, wake_) || !poller_.add(woken_)) {
     throw std::system_error(errno, std::generic_category(), "pipe");
   }
-  ::fcntl(woken_.fd.get(), F_SETFL, O_NONBLOCK);
-  ::fcntl(wake_.get(), F_SETFL, O_NONBLOCK);
 }
 
 inline Loop::~Loop() = default; // where Connection is complete
@@ -1843,9 +1851,7 @@ inline void Loop::tell(bool let_kept_go) {
   wake();
 }
 
-inline void Loop::wake() {
-  if (::write(wake_.get(), "", 1) < 0) {} // full: it is awake
-}
+inline void Loop::wake() { write_wake(wake_); }
 
 inline void Loop::turn(Clock::time_point until) {
   if (!timers_.empty()) { until = std::min(until, timers_.begin()->first); }
@@ -1866,8 +1872,7 @@ inline void Loop::turn(Clock::time_point until) {
     }
   }
   if (woken) {
-    char bytes[64];
-    while (::read(woken_.fd.get(), bytes, sizeof(bytes)) > 0) {}
+    read_wakes(woken_.fd);
     woken_.readable = false;
     greet();
     if (told_.exchange(false)) { attend(); }
@@ -2247,7 +2252,7 @@ inline bool Connection::dial(milliseconds patience) {
 inline Connection::Step Connection::no_connection() {
   if (errno == ECONNREFUSED || errno == ETIMEDOUT) { return no_answer(); }
   // It is us who lack something: descriptors, ports, memory.
-  listener_.let_kept_go();
+  listener_.tell_all(true);
   return say(503, concat("no connection to the target: ", std::strerror(errno)),
              "Retry-After: 1\r\n");
 }
@@ -2360,7 +2365,7 @@ inline Connection::Step Connection::exchange() {
   if (loop_.now() >= stalled_at_) {
     stalled_at_ = Clock::time_point::max();
     if (!dialling_) {
-      listener_.let_kept_go();
+      listener_.tell_all(true);
     } else if (!upstream_->writable) {
       loop_.drop(std::move(upstream_));
       errno = ETIMEDOUT;
@@ -3019,11 +3024,9 @@ inline std::string Lease::timing() const {
 
 inline Supervisor::Supervisor(const Options &options, const Log &log)
     : options_(options), log_(log), port_(options.target_port) {
-  if (!make_pipe(wake_read_, wake_write_)) {
+  if (!make_wake_pipe(wake_read_, wake_write_)) {
     throw std::system_error(errno, std::generic_category(), "pipe");
   }
-  ::fcntl(wake_read_.get(), F_SETFL, O_NONBLOCK);
-  ::fcntl(wake_write_.get(), F_SETFL, O_NONBLOCK);
   ::getrlimit(RLIMIT_NOFILE, &files_);
   thread_ = std::thread([this] { run(); });
 }
@@ -3040,9 +3043,7 @@ inline void Supervisor::quit() {
   wake();
 }
 
-inline void Supervisor::wake() {
-  if (::write(wake_write_.get(), "", 1) < 0) {} // full: it is awake
-}
+inline void Supervisor::wake() { write_wake(wake_write_); }
 
 inline Supervisor::Result Supervisor::acquire(Lease &lease,
                                               Clock::time_point until) {
@@ -3517,9 +3518,7 @@ inline bool Supervisor::nap(Clock::time_point until, int fd) {
   pollfd fds[] = {
       {fd, POLLIN, 0}, {wake_read_.get(), POLLIN, 0}, {child, POLLIN, 0}};
   wait_for(fds, until);
-  char bytes[64];
-  while (fds[1].revents && ::read(wake_read_.get(), bytes, sizeof(bytes)) > 0) {
-  }
+  if (fds[1].revents) { read_wakes(wake_read_); }
   return fds[0].revents != 0;
 }
 
