@@ -1,27 +1,35 @@
 //
 //  client.cpp - what wrk cannot measure
 //
-//  Everything is asked of 127.0.0.1:PORT, everything printed is in nanoseconds.
+//  All requests go to 127.0.0.1:PORT; times are printed in nanoseconds.
 //
-//    client cold PORT [COMMAND...]   from the exec of COMMAND (or from now, if
-//                                    there is none) to the end of the first
-//                                    answer; COMMAND is stopped afterwards
-//    client start PORT COMMAND...    from exec to the first accepted connect
-//    client latency PORT COUNT       p50, p99 and worst of COUNT requests on
-//    one
-//                                    connection
-//    client event PORT COUNT         p50, p99 and worst from connect to the
-//                                    first byte of an event stream
-//    client down PORT BYTES          the time a download takes
-//    client up PORT BYTES            the time an upload takes
+//    client cold PORT [COMMAND...]
+//        from the exec of COMMAND (without one: from now) to the end of the
+//        first response; COMMAND is stopped afterwards
+//    client burst PORT COUNT PATH [COMMAND...]
+//        as cold, but with COUNT requests at once and whatever their status is:
+//        time to the first and to the last response, number of 200s, a status
+//        that was not 200 (0: none; 1: a connection without a response)
+//    client crash PORT CONNECTIONS SECONDS METHOD
+//        requests for so long, from connections that are made anew when they
+//        fail: number of 200s, number of others, longest time between two 200s
+//    client start PORT COMMAND...
+//        from exec to the first accepted connection
+//    client latency PORT COUNT
+//        p50, p99 and worst of COUNT requests on one connection
+//    client event PORT COUNT
+//        p50, p99 and worst from connect to the first byte of an event stream
+//    client down PORT BYTES, client up PORT BYTES
+//        the time that a download or an upload takes
 //    client load PORT CONNECTIONS COUNT
-//                                    the time COUNT requests take, spread over
-//                                    CONNECTIONS that each have one under way
-//    client idle PORT COUNT          COUNT connections after one request each,
-//    client busy PORT COUNT          or in the middle of a slowly read
-//    download;
-//                                    prints "ready", holds them until its
-//                                    standard input ends
+//        the time COUNT requests take, spread over CONNECTIONS that each have
+//        one under way
+//    client idle PORT COUNT, client busy PORT COUNT
+//        COUNT connections after one request each, or in the middle of a
+//        download that is read slowly; prints "ready" and holds them until its
+//        standard input ends
+//
+//  BENCH_PREFIX goes in front of every path.
 //
 
 #include <arpa/inet.h>
@@ -36,16 +44,19 @@
 #include <sys/resource.h>
 #include <sys/sendfile.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <string>
 #include <strings.h>
 #include <thread>
@@ -58,6 +69,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 int port = 0;
+std::string prefix;
 
 [[noreturn]] void fail(const std::string &what) {
   std::fprintf(stderr, "client: %s (%s)\n", what.c_str(), std::strerror(errno));
@@ -84,6 +96,8 @@ int try_connect() {
   }
   const int on = 1;
   setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  const timeval limit{60, 0}; // what takes longer counts as no response
+  setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
   return fd;
 }
 
@@ -95,56 +109,82 @@ int connect_or_fail() {
 
 std::string request(const std::string &method, const std::string &path,
                     const std::string &lines = "") {
-  return method + " " + path +
+  return method + " " + prefix + path +
          " HTTP/1.1\r\nHost: 127.0.0.1:" + std::to_string(port) + "\r\n" +
          lines + "\r\n";
 }
 
-void send_all(int fd, const std::string &data) {
+bool try_send_all(int fd, const std::string &data) {
   for (size_t sent = 0; sent < data.size();) {
     const auto n =
         send(fd, data.data() + sent, data.size() - sent, MSG_NOSIGNAL);
-    if (n <= 0) { fail("send"); }
+    if (n <= 0) { return false; }
     sent += static_cast<size_t>(n);
   }
+  return true;
+}
+
+void send_all(int fd, const std::string &data) {
+  if (!try_send_all(fd, data)) { fail("send"); }
 }
 
 struct Head {
   std::string text;
-  long long length = -1; // -1: chunked, or until the connection closes
-  long long behind = 0;  // bytes of the body that came with it
+  int status = 0;
+  long long length = -1;   // -1: chunked, or until the connection closes
+  long long body_read = 0; // bytes of the body that came with the head
 };
 
-Head read_head(int fd) {
-  Head head;
+bool try_read_head(int fd, Head &head) {
   char buffer[16384];
   for (;;) {
     const auto n = recv(fd, buffer, sizeof buffer, 0);
-    if (n <= 0) { fail("no answer"); }
+    if (n <= 0) { return false; }
     head.text.append(buffer, static_cast<size_t>(n));
     const auto end = head.text.find("\r\n\r\n");
     if (end == std::string::npos) { continue; }
-    head.behind = static_cast<long long>(head.text.size() - end - 4);
+    head.body_read = static_cast<long long>(head.text.size() - end - 4);
     const auto *length = strcasestr(head.text.c_str(), "\r\nContent-Length:");
     if (length) { head.length = std::atoll(length + 17); }
-    if (head.text.compare(8, 4, " 200") != 0) {
-      fail("answered " + head.text.substr(0, head.text.find('\r')));
-    }
-    return head;
+    head.status = std::atoi(head.text.c_str() + 9);
+    return true;
   }
+}
+
+Head read_head(int fd) {
+  Head head;
+  if (!try_read_head(fd, head)) { fail("no response"); }
+  if (head.status != 200) {
+    fail("response " + head.text.substr(0, head.text.find('\r')));
+  }
+  return head;
+}
+
+bool try_read_body(int fd, const Head &head) {
+  for (auto rest = head.length - head.body_read; rest > 0;) {
+    // MSG_TRUNC discards the bytes without copying them to us.
+    const auto n = recv(
+        fd, nullptr, static_cast<size_t>(std::min(rest, 1LL << 22)), MSG_TRUNC);
+    if (n <= 0) { return false; }
+    rest -= n;
+  }
+  return true;
 }
 
 void read_body(int fd, const Head &head) {
-  for (auto rest = head.length - head.behind; rest > 0;) {
-    // MSG_TRUNC throws the bytes away without copying them to us.
-    const auto n = recv(
-        fd, nullptr, static_cast<size_t>(std::min(rest, 1LL << 22)), MSG_TRUNC);
-    if (n <= 0) { fail("the answer ended early"); }
-    rest -= n;
-  }
+  if (!try_read_body(fd, head)) { fail("the response ended early"); }
 }
 
-void read_answer(int fd) { read_body(fd, read_head(fd)); }
+void read_response(int fd) { read_body(fd, read_head(fd)); }
+
+// The status, or 1 where no complete response came.
+int try_exchange(int fd, const std::string &request) {
+  Head head;
+  return try_send_all(fd, request) && try_read_head(fd, head) &&
+                 try_read_body(fd, head)
+             ? head.status
+             : 1;
+}
 
 void print_percentiles(std::vector<long long> times) {
   std::sort(times.begin(), times.end());
@@ -198,9 +238,75 @@ void cold(char **command) {
   const auto pid = *command ? spawn(command) : 0;
   const auto fd = first_connection(start);
   send_all(fd, request("GET", "/"));
-  read_answer(fd);
+  read_response(fd);
   std::printf("%lld\n", since(start));
   if (pid) { stop(pid); }
+}
+
+// A thread each, or one slow read would delay what the others measure.
+void burst(int count, const std::string &path, char **command) {
+  const auto start = Clock::now();
+  const auto pid = *command ? spawn(command) : 0;
+  if (pid) { close(first_connection(start)); }
+  const auto get = request("GET", path);
+  std::mutex mutex;
+  std::vector<long long> times;
+  auto ok = 0;
+  auto other = 0;
+  std::vector<std::thread> threads;
+  for (auto i = 0; i < count; i++) {
+    threads.emplace_back([&] {
+      const auto fd = try_connect();
+      const auto status = fd < 0 ? 1 : try_exchange(fd, get);
+      const std::lock_guard<std::mutex> lock(mutex);
+      times.push_back(since(start));
+      if (status == 200) {
+        ok++;
+      } else {
+        other = status;
+      }
+    });
+  }
+  for (auto &thread : threads) {
+    thread.join();
+  }
+  std::printf("%lld %lld %d %d\n", times.front(), times.back(), ok, other);
+  if (pid) { stop(pid); }
+}
+
+void crash(int connections, int seconds, const std::string &method) {
+  const auto data =
+      method == "GET"
+          ? request("GET", "/other")
+          : request(method, "/upload", "Content-Length: 4\r\n") + "body";
+  const auto start = Clock::now();
+  std::atomic<long long> ok{0}, failed{0}, last{0}, longest{0};
+  std::vector<std::thread> threads;
+  for (auto i = 0; i < connections; i++) {
+    threads.emplace_back([&] {
+      auto fd = -1;
+      while (since(start) < seconds * 1'000'000'000LL) {
+        if (fd < 0) { fd = try_connect(); }
+        if (fd >= 0 && try_exchange(fd, data) == 200) {
+          ok++;
+          const auto now = since(start);
+          const auto gap = now - last.exchange(now);
+          auto known = longest.load();
+          while (gap > known && !longest.compare_exchange_weak(known, gap)) {}
+          continue;
+        }
+        failed++;
+        if (fd >= 0) { close(fd); }
+        fd = -1;
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      }
+    });
+  }
+  for (auto &thread : threads) {
+    thread.join();
+  }
+  std::printf("%lld %lld %lld\n", ok.load(), failed.load(),
+              std::max(longest.load(), since(start) - last.load()));
 }
 
 void start(char **command) {
@@ -218,7 +324,7 @@ void latency(int count) {
   for (auto i = -count / 10; i < count; i++) {
     const auto start = Clock::now();
     send_all(fd, get);
-    read_answer(fd);
+    read_response(fd);
     if (i >= 0) { times.push_back(since(start)); }
   }
   print_percentiles(times);
@@ -229,10 +335,11 @@ void event(int count) {
   for (auto i = 0; i < count; i++) {
     const auto start = Clock::now();
     const auto fd = connect_or_fail();
-    send_all(fd, request("GET", "/sse?every=60000"));
+    send_all(fd, request("GET", "/sse?every=60000&for=1000",
+                         "Accept: text/event-stream\r\n"));
     const auto head = read_head(fd);
     char byte = 0;
-    if (head.behind == 0 && recv(fd, &byte, 1, 0) != 1) { fail("no event"); }
+    if (head.body_read == 0 && recv(fd, &byte, 1, 0) != 1) { fail("no event"); }
     times.push_back(since(start));
     close(fd);
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
@@ -266,7 +373,7 @@ void up(long long bytes) {
     if (n <= 0) { fail("upload"); }
     rest -= n;
   }
-  read_answer(fd);
+  read_response(fd);
   std::printf("%lld\n", since(start));
 }
 
@@ -277,7 +384,7 @@ void load(size_t connections, long long count) {
   for (size_t i = 0; i < connections; i++) {
     fds.push_back(connect_or_fail());
     send_all(fds.back(), get);
-    read_answer(fds.back());
+    read_response(fds.back());
     epoll_event interest{};
     interest.events = EPOLLIN;
     interest.data.fd = fds.back();
@@ -291,10 +398,10 @@ void load(size_t connections, long long count) {
   std::vector<epoll_event> events(1024);
   for (auto to_read = count; to_read > 0;) {
     const auto n = epoll_wait(epoll, events.data(), 1024, 30000);
-    if (n <= 0) { fail("no answer for 30 s"); }
+    if (n <= 0) { fail("no response for 30 s"); }
     for (auto i = 0; i < n; i++, to_read--) {
       const auto fd = events[static_cast<size_t>(i)].data.fd;
-      read_answer(fd);
+      read_response(fd);
       if (to_send-- > 0) { send_all(fd, get); }
     }
   }
@@ -307,7 +414,7 @@ bool input_ended() {
   return poll(&input, 1, 0) > 0 && read(STDIN_FILENO, &byte, 1) <= 0;
 }
 
-void say_ready() {
+void print_ready() {
   std::puts("ready");
   std::fflush(stdout);
 }
@@ -316,9 +423,9 @@ void idle(int count) {
   for (auto i = 0; i < count; i++) {
     const auto fd = connect_or_fail();
     send_all(fd, request("GET", "/"));
-    read_answer(fd);
+    read_response(fd);
   }
-  say_ready();
+  print_ready();
   while (!input_ended()) {
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
   }
@@ -339,7 +446,7 @@ void busy(int count) {
       }
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    if (round == 50) { say_ready(); }
+    if (round == 50) { print_ready(); }
   }
 }
 
@@ -357,9 +464,14 @@ int main(int argc, char **argv) {
   prctl(PR_SET_TIMERSLACK, 1UL); // or a sleep of 50 us takes 100
   const std::string mode = argv[1];
   port = std::atoi(argv[2]);
+  if (const auto *value = std::getenv("BENCH_PREFIX")) { prefix = value; }
   const auto number = [&](int i) { return i < argc ? std::atoll(argv[i]) : 0; };
   if (mode == "cold") {
     cold(argv + 3);
+  } else if (mode == "burst" && argc > 4) {
+    burst(static_cast<int>(number(3)), argv[4], argv + 5);
+  } else if (mode == "crash" && argc > 5) {
+    crash(static_cast<int>(number(3)), static_cast<int>(number(4)), argv[5]);
   } else if (mode == "start" && argc > 3) {
     start(argv + 3);
   } else if (mode == "latency") {

@@ -1,16 +1,23 @@
 //
 //  target.cpp - the program that every proxy of the benchmark stands before
 //
-//  One thread, epoll, kept-alive connections, answers made beforehand: built so
-//  that what is measured is the proxy and never what is behind it.
+//  One thread, epoll, kept-alive connections, prepared responses: built so that
+//  the proxy is measured and never what is behind it.
 //
 //    /                 a small page
 //    /bytes?n=N        N bytes with a Content-Length, sent without a copy
-//    /upload           takes a body, says how long it was
-//    /sse?every=MS     an event stream: one event at once, then one every MS
+//    /upload           reads a body and responds with its length
+//    /sse?every=MS&for=MS
+//                      an event stream: one event at once, then one every MS,
+//                      and its end after that time
+//    anything else     the small page
 //
-//  $PORT says where it listens (127.0.0.1 only). $BENCH_BOOT_MS is how long it
-//  "boots" before that.
+//  PORT            the port it listens on, on 127.0.0.1 only
+//  BENCH_BOOT_MS   how long it takes to start listening; only time in which it
+//                  runs counts, not time in which it is stopped
+//  BENCH_503_MS    how long after that it responds with 503 to everything
+//  BENCH_PAGE_MS   how long / takes, during which its one thread does nothing
+//                  else
 //
 
 #include <arpa/inet.h>
@@ -42,6 +49,11 @@ using Clock = std::chrono::steady_clock;
 
 constexpr off_t kBlock = 1 << 20;
 
+std::chrono::milliseconds from_env(const char *name) {
+  const auto *value = std::getenv(name);
+  return std::chrono::milliseconds(value ? std::atoi(value) : 0);
+}
+
 struct Connection {
   int fd = -1;
   std::string in;            // a request head, so far
@@ -52,6 +64,7 @@ struct Connection {
   std::string out;                    // what the socket did not take yet
   std::chrono::milliseconds every{0}; // of the event stream; 0 = none
   Clock::time_point next_event;
+  Clock::time_point stream_end;
   bool wants_write = false;
 };
 
@@ -89,6 +102,7 @@ public:
     }
     epoll_ = epoll_create1(EPOLL_CLOEXEC);
     watch(EPOLL_CTL_ADD, listener_, EPOLLIN);
+    ready_at_ = Clock::now() + from_env("BENCH_503_MS");
   }
 
   [[noreturn]] void run() {
@@ -159,6 +173,11 @@ private:
   bool answer(Connection &c, const std::string &head, long long behind) {
     const auto from = head.find(' ') + 1;
     const auto path = head.substr(from, head.find(' ', from) - from);
+    if (Clock::now() < ready_at_) {
+      return send_all(c, "HTTP/1.1 503 Service Unavailable\r\n"
+                         "Content-Length: 0\r\n\r\n");
+    }
+    if (path == "/") { std::this_thread::sleep_for(page_time_); }
     if (path.compare(0, 6, "/bytes") == 0) {
       c.down = number(path, "n=");
       return send_all(c, "HTTP/1.1 200 OK\r\n"
@@ -175,6 +194,8 @@ private:
     if (path.compare(0, 4, "/sse") == 0) {
       c.every = std::chrono::milliseconds(number(path, "every="));
       c.next_event = Clock::now() + c.every;
+      c.stream_end =
+          Clock::now() + std::chrono::milliseconds(number(path, "for="));
       streams_++;
       return send_all(c, "HTTP/1.1 200 OK\r\n"
                          "Content-Type: text/event-stream\r\n"
@@ -253,9 +274,15 @@ private:
   void send_events() {
     const auto now = Clock::now();
     for (auto &c : connections_) {
-      if (!c || c->every.count() == 0 || now < c->next_event) { continue; }
-      c->next_event += c->every;
-      if (!send_all(*c, event())) { drop(c); }
+      if (!c || c->every.count() == 0) { continue; }
+      if (now >= c->stream_end) {
+        c->every = std::chrono::milliseconds(0);
+        streams_--;
+        if (!send_all(*c, "0\r\n\r\n")) { drop(c); }
+      } else if (now >= c->next_event) {
+        c->next_event += c->every;
+        if (!send_all(*c, event())) { drop(c); }
+      }
     }
   }
 
@@ -274,9 +301,22 @@ private:
   int epoll_ = -1;
   int block_ = -1;
   int streams_ = 0;
+  Clock::time_point ready_at_;
+  std::chrono::milliseconds page_time_ = from_env("BENCH_PAGE_MS");
   std::string page_;
   std::vector<std::unique_ptr<Connection>> connections_; // by descriptor
 };
+
+// A program that boots makes no progress while it is frozen; a sleep would.
+void boot(std::chrono::nanoseconds left) {
+  constexpr std::chrono::nanoseconds slice = std::chrono::milliseconds{20};
+  while (left.count() > 0) {
+    const auto start = Clock::now();
+    std::this_thread::sleep_for(std::min(left, slice));
+    const auto slept = Clock::now() - start;
+    left -= slept < 5 * slice ? slept : slice;
+  }
+}
 
 } // namespace
 
@@ -291,8 +331,6 @@ int main() {
   files.rlim_cur = files.rlim_max;
   setrlimit(RLIMIT_NOFILE, &files);
   std::signal(SIGPIPE, SIG_IGN);
-  if (const auto *boot = std::getenv("BENCH_BOOT_MS")) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(std::atoi(boot)));
-  }
+  boot(from_env("BENCH_BOOT_MS"));
   Target(std::atoi(port)).run();
 }
