@@ -25,18 +25,27 @@ import subprocess
 import sys
 from pathlib import Path
 
-from _measure import Measure
-from _peers import (HERE, PYTHON, Direct, Failed, Haproxy, IpcProxy,
-                    JupyterServerProxy, LambdaAdapter, LlamaSwap, Nginx,
-                    Original, Running, Warmproxy)
-from _report import Report
+sys.dont_write_bytecode = True  # no __pycache__ in the checkout
+
+from _measure import Measure  # noqa: E402
+from _peers import (HERE, PYTHON, Direct, Failed, Haproxy,  # noqa: E402
+                    IpcProxy, JupyterServerProxy, LambdaAdapter, LlamaSwap,
+                    Nginx, Original, Running, Warmproxy)
+from _report import Report  # noqa: E402
 
 ROOT = HERE.parent.parent
 GB = 1_000_000_000
 
 
+def wants_peer(measure, name):
+    wanted = measure.options.peers
+    return not wanted or name in wanted.split(",")
+
+
 def given_peer(measure, kind, name, path, variable):
     """A peer whose executable the user has."""
+    if not wants_peer(measure, name):
+        return
     if path and os.access(path, os.X_OK):
         measure.peers.append(kind(measure, name, path))
     else:
@@ -46,8 +55,7 @@ def given_peer(measure, kind, name, path, variable):
 def add_peers(measure):
     options = measure.options
     peers = measure.peers
-    peers += [Direct(measure, "direct"),
-              Warmproxy(measure, "warmproxy", options.warmproxy)]
+    peers.append(Warmproxy(measure, "warmproxy", options.warmproxy))
     for text in options.compare:
         name, path = text.split("=", 1) if "=" in text else ("before", text)
         peers.append(Warmproxy(measure, name, path))
@@ -55,6 +63,7 @@ def add_peers(measure):
         # What a function has. Once it runs, it is the same program.
         peers.append(Warmproxy(measure, "static", options.static))
         peers[-1].warm = False
+    peers.append(Direct(measure, "direct"))
     if shutil.which("nginx"):
         peers += [Nginx(measure, "nginx-1", "1"),
                   Nginx(measure, "nginx-auto", "auto")]
@@ -70,15 +79,12 @@ def add_peers(measure):
     given_peer(measure, LlamaSwap, "llama-swap", options.llama_swap,
                "LLAMA_SWAP")
     add_python_peers(measure)
-    if options.peers:
-        wanted = options.peers.split(",")
-        measure.peers = [p for p in peers if p.name in wanted]
+    measure.peers = [p for p in peers if wants_peer(measure, p.name)]
 
 
 def add_python_peers(measure):
-    wanted = measure.options.peers.split(",") if measure.options.peers else None
     name = "jupyter-server-proxy"
-    if not wanted or name in wanted:  # it may have to be installed first
+    if wants_peer(measure, name):  # it may have to be installed first
         try:
             measure.peers.append(JupyterServerProxy(measure, name))
         except Failed as e:
@@ -95,8 +101,8 @@ def parse_options():
         description=__doc__.split("\n\n", 1)[0],
         epilog=__doc__.split("\n\n", 2)[2],
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", type=int, metavar="N", default=0,
-                        help="N cold starts of every kind (50: hours)")
+    parser.add_argument("--cold-starts", type=int, metavar="N", default=0,
+                        help="of every kind (20, 15, 5 and 3, by boot time)")
     parser.add_argument("--rounds", type=int,
                         default=int(os.environ.get("BENCH_ROUNDS", 5)))
     parser.add_argument("--seconds", type=int,
@@ -105,7 +111,8 @@ def parse_options():
                         help="of an upload and a download (1 GB)")
     parser.add_argument("--warmproxy", default=ROOT / "build/warmproxy")
     parser.add_argument("--static", metavar="PATH",
-                        help="the static executable: its size, start and memory")
+                        help="the static executable: its cold starts, start, "
+                        "memory and size")
     parser.add_argument("--compare", metavar="[NAME=]PATH", action="append",
                         default=[], help="another build of warmproxy as one "
                         "more peer (named \"before\")")
@@ -122,8 +129,8 @@ def parse_options():
     parser.add_argument("--limit", type=float, metavar="SECONDS",
                         default=float("inf"), help="begin nothing after that")
     parser.add_argument("--dir", default=ROOT / "build/bench",
-                        help="for what is built and for logs")
-    parser.add_argument("--json", metavar="PATH", help="every figure taken")
+                        help="for executables, logs, figures.json and the "
+                        "picture")
     parser.add_argument("--publish", action="store_true",
                         help="put the table into tests/bench/README.md and the "
                         "picture beside it")
@@ -141,13 +148,11 @@ def check_tools(options):
             sys.exit(f"bench: {path} is not an executable")
 
 
-def draw(measure, path):
-    try:
-        from _picture import draw_cold_starts
-    except ImportError as e:
-        measure.note(f"no picture: {e}")
-        return
-    draw_cold_starts(measure, path)
+def draw(measure, figures, picture):
+    done = subprocess.run([PYTHON, HERE / "_picture.py", figures, picture],
+                          capture_output=True, text=True)
+    if done.returncode != 0:
+        measure.note("no picture: " + done.stderr.strip().splitlines()[-1])
 
 
 def publish(markdown):
@@ -176,16 +181,16 @@ def main():
     finally:
         for running in list(Running.everything):
             running.stop()
-    draw(measure,
+    figures = measure.dir / "figures.json"
+    figures.write_text(json.dumps(
+        [{"row": row, "peer": peer, "values": values}
+         for (row, peer), values in measure.values.items()], indent=1))
+    draw(measure, figures,
          (HERE if options.publish else measure.dir) / "cold-start.svg")
     markdown = Report(measure).markdown(load_before)
     print(markdown)
     if options.publish:
         publish(markdown)
-    if options.json:
-        Path(options.json).write_text(json.dumps(
-            [{"row": row, "peer": peer, "values": values}
-             for (row, peer), values in measure.values.items()], indent=1))
 
 
 if __name__ == "__main__":

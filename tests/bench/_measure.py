@@ -122,7 +122,7 @@ class Measure:
 
     def cold(self):
         for boot, count in BOOTS:
-            for i in range(self.options.full or count):
+            for i in range(self.options.cold_starts or count):
                 for peer in self.starters():
                     if peer.slowness >= 50 and i >= max(2, count // 5):
                         continue
@@ -264,6 +264,8 @@ class Measure:
         self.record("event", peer, p50)
 
     def bulk(self, peer, direction):
+        if direction == "up" and not peer.clients_reach_it:
+            return  # Lambda takes 6 MB
         size = self.options.bytes
         if peer.slowness >= 10:
             size //= 20

@@ -1,12 +1,12 @@
-"""What the idea began as: a stand-in built on FastAPI and httpx.
+"""The script that the idea began as: a stand-in with FastAPI and httpx.
 
-Written anew for the benchmark in the manner of the published script, with its
-habits left as they are: a request that finds somebody else waiting goes ahead
-at once, readiness is looked for every 1.5 s, bodies are held whole in both
-directions, every request makes a client and a connection of its own, and the
-target's output goes into a pipe that nobody reads.
+Written for the benchmark after the published script, which it behaves like: a
+request that finds a start under way is forwarded at once, the readiness probe
+runs every 1.5 s, bodies are held in memory in both directions, every request
+makes a client and a connection of its own, and nobody reads the pipe that the
+target writes its output to.
 
-$BINARY is the target, $TARGET_PORT where it listens, $PORT where we do.
+BINARY is the target, TARGET_PORT its port, PORT the one that this listens on.
 """
 
 import asyncio

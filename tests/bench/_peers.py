@@ -92,6 +92,17 @@ def pin_to(processors):
                 pass
 
 
+def first_line(*command):
+    """What a program prints first, or None where it cannot be run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True,
+                              timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    return lines[0] if lines else None
+
+
 class Running:
     """A program in the background, and what it costs."""
 
@@ -190,6 +201,9 @@ class Peer:
     def pick_port(self):
         return free_port()
 
+    def version(self):
+        return None
+
     def start(self, target_port=None, **extra):
         command, self.port, env = self.prepare(target_port, **extra)
         self.running = Running(command, self.port, env, self.cwd(),
@@ -236,6 +250,9 @@ class Nginx(Peer):
         super().__init__(bench, name)
         self.workers = workers
 
+    def version(self):
+        return first_line("nginx", "-v")
+
     def command(self, port, target_port):
         home = self.bench.dir / self.name
         home.mkdir(exist_ok=True)
@@ -276,6 +293,10 @@ http {{
 
 
 class Haproxy(Peer):
+    def version(self):
+        line = first_line("haproxy", "-v")
+        return line and " ".join(line.split()[:3])
+
     def command(self, port, target_port):
         conf = self.bench.dir / "haproxy.conf"
         conf.write_text(f"""
@@ -359,6 +380,9 @@ class LlamaSwap(Peer):
         super().__init__(bench, name)
         self.binary = Path(binary).resolve()
 
+    def version(self):
+        return first_line(str(self.binary), "--version")
+
     def command(self, port, target_port):
         conf = self.bench.dir / "llama-swap.yaml"
         # Its default limit of 10 requests at once is lifted.
@@ -406,6 +430,13 @@ class JupyterServerProxy(Peer):
             raise Failed("cannot be installed: "
                          + (lines[-1] if lines else str(e)))
 
+    def version(self):
+        return first_line(
+            self.venv / "bin/python", "-c",
+            "from importlib.metadata import version; print(', '.join("
+            "f'{n} {version(n)}' for n in ('jupyter-server-proxy', "
+            "'jupyter-server', 'tornado')))")
+
     def command(self, port, target_port):
         conf = self.venv / "jupyter_server_config.py"
         conf.write_text(f"""
@@ -439,6 +470,13 @@ class Original(Peer):
     spawns = True
     slowness = 100
     rounds = 2
+
+    def version(self):
+        return first_line(
+            PYTHON, "-c", "import sys, fastapi, httpx, uvicorn as u; "
+            "print(f'Python {sys.version.split()[0]}, FastAPI "
+            "{fastapi.__version__}, httpx {httpx.__version__}, uvicorn "
+            "{u.__version__}')")
 
     def command(self, port, target_port):
         return [PYTHON, str(HERE / "_original.py")]

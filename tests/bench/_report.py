@@ -4,11 +4,10 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
-from _peers import JUPYTER, PYTHON, Warmproxy
+from _peers import Warmproxy, first_line
 
 TITLES = {
     "static": "warmproxy, static",
@@ -90,13 +89,15 @@ ROWS = (
     ("req/s 16", "requests/s, 16 connections", number, "ratio"),
     ("req/s 64", "requests/s, 64 connections", number, "ratio"),
     ("post", "POSTs of 100 bytes/s, 16 connections", number, "ratio"),
-    ("p50 on one", "p50, 1 connection, all on one processor", duration, "ratio"),
+    ("p50 on one", "p50, 1 connection, all on one processor", duration,
+     "ratio"),
     ("p50", "p50, 1 connection", duration, "ratio"),
     ("p99", "p99, 1 connection", duration, "ratio"),
     ("cpu 16", "processor time per request, 16 connections", duration, "ratio"),
     ("cpu 64", "processor time per request, 64 connections", duration, "ratio"),
-    ("load 1", "processor time per request, 1 connection", duration, "plain"),
-    ("load 1000", "processor time per request, 1,000 connections", duration, "plain"),
+    ("load 1", "processor time per request, 1 connection", duration,
+     "plain"),
+    ("load 1000", "the same with 1,000 connections", duration, "plain"),
     ("instructions 1", "instructions per request, user space", number,
      "plain"),
     ("instructions 1000", "the same with 1,000 connections", number,
@@ -116,10 +117,14 @@ ROWS = (
 
 def spread(values, show):
     """Median, and the extremes where there are more values than one."""
-    middle = show(statistics.median(values))
+    texts = [show(v) for v in
+             (statistics.median(values), min(values), max(values))]
     if len(values) < 2:
-        return middle
-    return f"{middle} ({show(min(values))} .. {show(max(values))})"
+        return texts[0]
+    units = {text.partition(" ")[2] for text in texts}
+    if len(units) == 1:  # said once
+        texts[1:] = (text.partition(" ")[0] for text in texts[1:])
+    return f"{texts[0]} ({texts[1]} .. {texts[2]})"
 
 
 class Report:
@@ -127,6 +132,7 @@ class Report:
         self.measured = measured
         self.get = measured.get
         self.peers = measured.peers
+        self.names = [p.name for p in self.peers]
         self.base = "warmproxy"
 
     def ratios(self, row, name, other):
@@ -186,7 +192,7 @@ class Report:
             + spread(self.get(row, name), show)
 
     def table(self):
-        names = [p.name for p in self.peers]
+        names = self.names
         lines = ["| | " + " | ".join(TITLES.get(n, n) for n in names) + " |",
                  "|---|" + "---|" * len(names)]
         for row, label, show, kind in ROWS:
@@ -249,12 +255,13 @@ class Report:
                duration, at_most(0.2e6))
         yield ("a crash: GETs that failed", "0",
                self.get("crash GET failed", name), number, at_most(0))
-        for row, what, show, limit in (
-                ("start", "exec to listening", ms, 5e6),
-                ("rest", "memory at rest", mb, 4e6),
-                ("idle", "memory per idle connection", kb, 24 * 1024),
-                ("busy", "memory per busy stream", kb, 64 * 1024),
-                ("size", "executable", mb, 2e6)):
+        rows = [("idle", "memory per idle connection", kb, 24 * 1024),
+                ("busy", "memory per busy stream", kb, 64 * 1024)]
+        if name == "static" or "static" not in self.names:
+            rows += [("start", "exec to listening", ms, 5e6),
+                     ("rest", "memory at rest", mb, 4e6),
+                     ("size", "executable", mb, 2e6)]
+        for row, what, show, limit in rows:
             yield (what, f"≤ {show(limit)}", self.get(row, name), show,
                    at_most(limit))
 
@@ -275,45 +282,21 @@ class Report:
 
     def conditions(self, load_before):
         measured, options = self.measured, self.measured.options
-        model = re.search(r"model name\s*:\s*(.+)",
+        found = re.search(r"model name\s*:\s*(.+)",
                           Path("/proc/cpuinfo").read_text())
-        names = {p.name for p in self.peers}
+        model = found[1] if found else platform.machine()
         minutes = (time.monotonic() - measured.began) / 60
         return (f"{time.strftime('%Y-%m-%d')}, Linux {platform.release()}, "
-                f"{os.cpu_count()} × {model[1] if model else platform.machine()}"
-                f"; {options.rounds} rounds, {options.seconds} s a run, "
-                f"{minutes:.0f} minutes in all; load before "
-                f"{load_before:.2f}. "
-                + "; ".join(v for v in self.versions(names) if v) + "."
+                f"{os.cpu_count()} × {model}; {options.rounds} rounds, "
+                f"{options.seconds} s a run, {minutes:.0f} minutes in all; "
+                f"load before {load_before:.2f}. "
+                + "; ".join(v for v in self.versions() if v) + "."
                 + "".join(f"\n- {note}" for note in measured.notes))
 
-    @staticmethod
-    def versions(names):
-        def first_line(*command):
-            try:
-                done = subprocess.run(command, capture_output=True, text=True,
-                                      timeout=10)
-            except OSError:
-                return None
-            lines = (done.stdout + done.stderr).strip().splitlines()
-            return lines[0] if lines else None
-
-        def words(line, count):
-            return line and " ".join(line.split()[:count])
-
-        if "nginx-1" in names:
-            yield first_line("nginx", "-v")
-        if "haproxy" in names:
-            yield words(first_line("haproxy", "-v"), 3)
-        if "jupyter-server-proxy" in names:
-            yield JUPYTER
-        if "original" in names:
-            yield first_line(
-                PYTHON, "-c", "import sys, fastapi, httpx, uvicorn as u; "
-                "print(f'Python {sys.version.split()[0]}, FastAPI "
-                "{fastapi.__version__}, httpx {httpx.__version__}, uvicorn "
-                "{u.__version__}')")
-        yield words(first_line("wrk", "-v"), 2)
+    def versions(self):
+        yield from dict.fromkeys(p.version() for p in self.peers)
+        wrk = first_line("wrk", "-v")
+        yield wrk and " ".join(wrk.split()[:2])
         yield first_line(os.environ.get("CXX", "g++"), "--version")
 
     def markdown(self, load_before):

@@ -56,13 +56,13 @@ std::chrono::milliseconds from_env(const char *name) {
 
 struct Connection {
   int fd = -1;
-  std::string in;            // a request head, so far
-  long long body = 0;        // of the upload: still to come
-  long long body_length = 0; // of the upload: in all
+  std::string in;            // a request head, incomplete
+  long long body = 0;        // of the upload: bytes left
+  long long body_length = 0; // of the upload: its length
   bool uploading = false;
-  long long down = 0;                 // of the download: still to go
-  std::string out;                    // what the socket did not take yet
-  std::chrono::milliseconds every{0}; // of the event stream; 0 = none
+  long long down = 0;                 // of the download: bytes left
+  std::string out;                    // not yet accepted by the socket
+  std::chrono::milliseconds every{0}; // of the event stream; 0: none
   Clock::time_point next_event;
   Clock::time_point stream_end;
   bool wants_write = false;
@@ -153,7 +153,7 @@ private:
     c.reset();
   }
 
-  // False: the connection is done with.
+  // Returns false when the connection has to be closed.
   bool serve(Connection &c, uint32_t events) {
     if ((events & EPOLLOUT) != 0 && !flush(c)) { return false; }
     if ((events & (EPOLLIN | EPOLLHUP | EPOLLERR)) == 0) { return true; }
@@ -208,7 +208,7 @@ private:
 
   bool take_body(Connection &c) {
     while (c.body > 0) {
-      // MSG_TRUNC throws the bytes away without copying them to us.
+      // MSG_TRUNC discards the bytes without copying them to us.
       const auto n =
           recv(c.fd, nullptr, static_cast<size_t>(std::min(c.body, 1LL << 22)),
                MSG_TRUNC);
