@@ -23,7 +23,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 sys.dont_write_bytecode = True  # no __pycache__ in the checkout
 
