@@ -34,6 +34,9 @@ from _report import Report  # noqa: E402
 
 ROOT = HERE.parent.parent
 GB = 1_000_000_000
+PAGE = HERE / "README.md"
+FIGURES = re.compile(
+    r"(?s)(<!-- figures -->\n).*(<!-- end of figures -->\n)")
 
 
 def wants_peer(measure, name):
@@ -145,6 +148,8 @@ def check_tools(options):
                  *(text.split("=", 1)[-1] for text in options.compare)):
         if not os.access(path, os.X_OK):
             sys.exit(f"bench: {path} is not an executable")
+    if options.publish and not FIGURES.search(PAGE.read_text()):
+        sys.exit(f"bench: no place for the figures in {PAGE}")
 
 
 def draw(measure, figures, picture):
@@ -156,13 +161,8 @@ def draw(measure, figures, picture):
 
 def publish(markdown):
     """Replaces what is between the two comments in README.md."""
-    page = HERE / "README.md"
-    text, count = re.subn(
-        r"(?s)(<!-- figures -->\n).*(\n<!-- end of figures -->)",
-        lambda m: m[1] + markdown + m[2], page.read_text())
-    if count != 1:
-        sys.exit(f"bench: no place for the figures in {page}")
-    page.write_text(text)
+    PAGE.write_text(FIGURES.sub(lambda m: f"{m[1]}{markdown}\n{m[2]}",
+                                PAGE.read_text()))
 
 
 def main():

@@ -167,7 +167,7 @@ class Measure:
         for name in HARD:
             for i in range(min(self.options.rounds, 3)):
                 for peer in self.starters():
-                    if i < peer.rounds:
+                    if i < peer.rounds and peer.warm:
                         self.attempt(f"hard {name}", peer, self.hard_once, name)
 
     def start_once(self, peer):

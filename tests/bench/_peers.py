@@ -231,6 +231,10 @@ class Warmproxy(Peer):
         super().__init__(bench, name)
         self.binary = Path(binary).resolve()
 
+    def version(self):
+        line = first_line(str(self.binary), "--version")
+        return line if self.name == "warmproxy" else f"{self.name}: {line}"
+
     def command(self, port, target_port):
         return [str(self.binary)]
 
@@ -381,7 +385,8 @@ class LlamaSwap(Peer):
         self.binary = Path(binary).resolve()
 
     def version(self):
-        return first_line(str(self.binary), "--version")
+        line = first_line(str(self.binary), "--version")
+        return line and "llama-swap " + line.replace("version: ", "")
 
     def command(self, port, target_port):
         conf = self.bench.dir / "llama-swap.yaml"

@@ -19,7 +19,7 @@ TITLES = {
     "original": "the original",
 }
 
-NO_START = "starts no program"
+NO_START = "does not start it"
 
 # (start of a row's name, peer) -> what its source or documentation says.
 READ = {
@@ -77,7 +77,7 @@ def times(ratio):
 ROWS = (
     *((f"cold {b}", f"cold start, boot {b / 1000:g} s: above the target alone",
        ms, "added") for b in (0, 200, 1000, 5000)),
-    ("exec 0", "the same from its own exec, boot 0 s", ms, "added"),
+    ("exec 0", "cold start from the proxy's own exec, boot 0 s", ms, "added"),
     ("hard page", "one thread, `/` takes 3 s: first response of another page",
      ms, "hard"),
     ("hard burst", "200 first requests at once, boot 0.2 s: last response", ms,
@@ -169,7 +169,7 @@ class Report:
     def read(self, row, name):
         for (start, peer), text in READ.items():
             if row.startswith(start) and peer == name:
-                return f"*read: {text}*"
+                return f"*{text}*"
         return "–"
 
     def hard_cell(self, row, name, show):
@@ -203,8 +203,8 @@ class Report:
         return "\n".join(lines) + "\n\n" \
             "Median, with the extremes in parentheses. A second line with × " \
             "is warmproxy's figure divided by this one's, round by round. " \
-            "`read:` was not measured but read in the source or the " \
-            "documentation; – was neither."
+            "*Italics* were read in the source or the documentation; all " \
+            "else was measured in this run."
 
     # The goals
 
@@ -287,7 +287,8 @@ class Report:
         model = found[1] if found else platform.machine()
         minutes = (time.monotonic() - measured.began) / 60
         return (f"{time.strftime('%Y-%m-%d')}, Linux {platform.release()}, "
-                f"{os.cpu_count()} × {model}; {options.rounds} rounds, "
+                f"{os.cpu_count()} × {model}; {options.rounds} "
+                f"round{'s' if options.rounds > 1 else ''}, "
                 f"{options.seconds} s a run, {minutes:.0f} minutes in all; "
                 f"load before {load_before:.2f}. "
                 + "; ".join(v for v in self.versions() if v) + "."
