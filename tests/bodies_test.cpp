@@ -1,11 +1,11 @@
-// Bodies: byte for byte in both directions, whatever frames them.
+// Bodies are forwarded byte for byte, however they are framed.
 
 #include "support.hpp"
 
 #include <doctest/doctest.h>
 
 using namespace support;
-using namespace std::string_literals; // for bytes behind a NUL
+using namespace std::string_literals; // for bytes after a NUL
 
 namespace {
 
@@ -49,7 +49,7 @@ struct Body {
   std::string lines, raw;
 };
 
-// What can frame a body, of a request and of an answer.
+// Bodies of requests and responses, in every framing.
 std::vector<Body> bodies() {
   const auto all = generated(100000);
   std::string every_byte;
@@ -114,7 +114,7 @@ std::vector<Body> bodies() {
 
 } // namespace
 
-TEST_CASE("a request's body arrives byte for byte") {
+TEST_CASE("bodies: a request body arrives byte for byte") {
   Stage stage(answering(ok()));
   for (const auto &body : bodies()) {
     CAPTURE(body.name);
@@ -132,7 +132,7 @@ TEST_CASE("a request's body arrives byte for byte") {
   CHECK(stage.target.errors().empty());
 }
 
-TEST_CASE("a request without a body gets none invented") {
+TEST_CASE("bodies: a request without a body stays without") {
   Stage stage(answering(ok()));
   RawClient client(stage.port());
   for (const std::string method : {"POST", "PUT", "GET", "DELETE", "PATCH"}) {
@@ -143,7 +143,7 @@ TEST_CASE("a request without a body gets none invented") {
   }
 }
 
-TEST_CASE("an answer's body arrives byte for byte") {
+TEST_CASE("bodies: a response body arrives byte for byte") {
   auto all = bodies();
   const auto part = [](const std::string &lines, const std::string &body) {
     return lines + length_of(body);
@@ -179,7 +179,7 @@ TEST_CASE("an answer's body arrives byte for byte") {
   }
 }
 
-TEST_CASE("an answer that ends with its connection") {
+TEST_CASE("bodies: close-delimited responses") {
   Stage stage(dictated());
   for (const auto &body :
        {std::string(), std::string("x"), generated(100000), gzip_broken,
@@ -199,7 +199,7 @@ TEST_CASE("an answer that ends with its connection") {
 }
 
 // Around whatever a buffer's size may be, in both directions at once.
-TEST_CASE("bodies of all sizes are echoed") {
+TEST_CASE("bodies: sizes around those of buffers") {
   Stage stage(
       answering_with([](const std::string &head, const std::string &raw) {
         const bool chunks = !header_of(head, "Transfer-Encoding").empty();
@@ -225,7 +225,7 @@ TEST_CASE("bodies of all sizes are echoed") {
 }
 
 // Where a part of a message ends must not depend on where a packet does.
-TEST_CASE("a chunked body in pieces of every size") {
+TEST_CASE("bodies: a chunked request in pieces of every size") {
   Stage stage(answering_with([](const std::string &, const std::string &raw) {
     return "HTTP/1.1 200 OK\r\n" + in_chunks + "\r\n" + raw;
   }));
@@ -244,7 +244,7 @@ TEST_CASE("a chunked body in pieces of every size") {
   }
 }
 
-TEST_CASE("a chunked answer in pieces of every size") {
+TEST_CASE("bodies: a chunked response in pieces of every size") {
   const auto answer = "HTTP/1.1 200 OK\r\nA: 1\r\n" + in_chunks + "\r\n" +
                       chunked("hello, chunks", 5, ";a=\"b\"", "T: 1\r\n");
   std::atomic<std::size_t> size{1};
@@ -267,7 +267,7 @@ TEST_CASE("a chunked answer in pieces of every size") {
   }
 }
 
-TEST_CASE("an HTTP/1.0 client gets a chunked answer's content, to the end") {
+TEST_CASE("bodies: a chunked response is dechunked for HTTP/1.0 clients") {
   Stage stage(dictated());
   for (const auto &body : bodies()) {
     if (body.lines.find(in_chunks) == std::string::npos) { continue; }

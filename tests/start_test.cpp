@@ -1,17 +1,12 @@
-// The target's life: started by the first request, found warm by the next,
-// stopped when it had nothing to do.
+// How the target is started, and found ready.
 
-#include "support.hpp"
-
-#include <doctest/doctest.h>
+#include "figures.hpp"
 
 using namespace support;
 
 namespace {
 
 std::string line_of(pid_t pid) { return std::to_string(pid) + "\n"; }
-
-bool cold(const RunningProxy &proxy) { return proxy.status().state == "cold"; }
 
 std::string body_of(int port, const std::string &target) {
   const auto response = get(port, target);
@@ -21,7 +16,7 @@ std::string body_of(int port, const std::string &target) {
 
 } // namespace
 
-TEST_CASE("the first request starts the target, the next find it warm") {
+TEST_CASE("start: the first request starts the target, later ones find it up") {
   RunningProxy proxy(fake_target());
   CHECK(proxy.status().state == "cold");
   CHECK(proxy.status().pid == 0);
@@ -47,7 +42,7 @@ TEST_CASE("the first request starts the target, the next find it warm") {
   CHECK(wait_for([&] { return proxy.status().in_flight == 0; }));
 }
 
-TEST_CASE("200 first requests at once make one start, and all are answered") {
+TEST_CASE("start: 200 simultaneous first requests cause one start") {
   TemporaryDirectory directory;
   const auto starts = directory / "starts";
   RunningProxy proxy(
@@ -67,7 +62,7 @@ TEST_CASE("200 first requests at once make one start, and all are answered") {
   CHECK(proxy.status().starts == 1);
 }
 
-TEST_CASE("a target that listens before it can serve") {
+TEST_CASE("readiness: 503 until ready") {
   const std::vector<std::string> slow = {"--ready-after", "400"};
   SUBCASE("is not up until its health path says so") {
     RunningProxy proxy(fake_target(slow));
@@ -87,7 +82,7 @@ TEST_CASE("a target that listens before it can serve") {
   }
 }
 
-TEST_CASE("the connection that proved the target up is the first one used") {
+TEST_CASE("readiness: the probe's connection serves the first request") {
   auto options = fake_target();
   SUBCASE("by taking it") { options.health_path = ""; }
   SUBCASE("by an answer") { options.health_path = "/pid"; }
@@ -97,7 +92,8 @@ TEST_CASE("the connection that proved the target up is the first one used") {
   CHECK(client.get("/connections").body == "1\n");
 }
 
-TEST_CASE("only the health path is asked, and only until it answers") {
+TEST_CASE(
+    "readiness: only the health path is probed, and only until it responds") {
   ScriptedTarget target(answering(ok()));
   auto options = attached(target);
   std::vector<std::string> expected = {"GET /first", "POST /second"};
@@ -117,7 +113,15 @@ TEST_CASE("only the health path is asked, and only until it answers") {
   CHECK(asked == expected);
 }
 
-TEST_CASE("the target is told its port") {
+TEST_CASE("readiness: a target that responds 503 for long is waited for") {
+  auto options = fake_target({"--ready-after", in_full ? "10000" : "1000"});
+  RunningProxy proxy(options);
+  const auto response = get(proxy.port(), "/pid");
+  CHECK(response.status == 200);
+  CHECK(response.count("Server-Timing") == 1);
+}
+
+TEST_CASE("start: the target learns its port") {
   auto options = fake_target({"--args-follow", "{port}", "-p={port}", "{port"});
   options.env["LISTEN"] = "127.0.0.1:{port}";
   SUBCASE("a free one") {}
@@ -135,55 +139,12 @@ TEST_CASE("the target is told its port") {
         std::string::npos);
 }
 
-TEST_CASE("a target on IPv6 is found") {
+TEST_CASE("start: a target that listens on ::1") {
   RunningProxy proxy(fake_target({"--host", "::1"}));
   CHECK(get(proxy.port(), "/pid").status == 200);
 }
 
-TEST_CASE("the target inherits the environment, less what is ours") {
-  auto environment = serve_fake();
-  environment["WARMPROXY_ENV_TEST"] = "1";
-  environment["SOMETHING"] = "else";
-  environment["EMPTY"] = "";
-  ServeProcess serve(environment);
-  const auto inherited = "\n" + body_of(serve.port(), "/env");
-  CHECK(inherited.find("\nSOMETHING=else\n") != std::string::npos);
-  CHECK(inherited.find("\nEMPTY=\n") != std::string::npos);
-  CHECK(inherited.find("\nPATH=") != std::string::npos);
-  CHECK(inherited.find("WARMPROXY_") == std::string::npos);
-  // The port that we listen on is not the one that it shall listen on.
-  CHECK(inherited.find("\nPORT=" + std::to_string(serve.port()) + "\n") ==
-        std::string::npos);
-}
-
-TEST_CASE("env adds to the environment, and wins over it") {
-  auto options = fake_target();
-  options.env = {{"PATH", "/nowhere"}, {"ADDED", "a=b c"}};
-  RunningProxy proxy(options);
-  const auto environment = "\n" + body_of(proxy.port(), "/env");
-  CHECK(environment.find("\nPATH=/nowhere\n") != std::string::npos);
-  CHECK(environment.find("\nADDED=a=b c\n") != std::string::npos);
-}
-
-TEST_CASE("the target gets its signals back, and no descriptor of ours") {
-  // What a careless caller might have left behind.
-  sigset_t blocked, before;
-  sigemptyset(&blocked);
-  sigaddset(&blocked, SIGUSR1);
-  pthread_sigmask(SIG_BLOCK, &blocked, &before);
-  const auto ignored = signal(SIGUSR2, SIG_IGN);
-  const int open = dup(0);
-  {
-    RunningProxy proxy(fake_target());
-    CHECK(body_of(proxy.port(), "/signals") == "blocked:\nignored:\n");
-    CHECK(body_of(proxy.port(), "/fds") == "0\n1\n2\n");
-  }
-  close(open);
-  signal(SIGUSR2, ignored);
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
-}
-
-TEST_CASE("the target runs in its directory") {
+TEST_CASE("start: the working directory") {
   TemporaryDirectory directory;
   auto options = fake_target();
   std::string expected = directory.path();
@@ -196,7 +157,7 @@ TEST_CASE("the target runs in its directory") {
   CHECK(body_of(proxy.port(), "/cwd") == expected + "\n");
 }
 
-TEST_CASE("prewarm starts the target without a request") {
+TEST_CASE("start: prewarm") {
   auto options = fake_target();
   options.prewarm = true;
   RunningProxy proxy(options);
@@ -207,67 +168,7 @@ TEST_CASE("prewarm starts the target without a request") {
   CHECK(proxy.status().starts == 1);
 }
 
-TEST_CASE("an idle target is stopped, and started again when it is wanted") {
-  auto options = fake_target({"--fork-worker"});
-  options.idle_stop = Milliseconds(50);
-  options.stop_timeout = Milliseconds(100);
-  RunningProxy proxy(options);
-  const auto pid = static_cast<pid_t>(std::stol(body_of(proxy.port(), "/pid")));
-  CHECK(wait_for([&] { return cold(proxy); }));
-  CHECK(children_in_group(pid).empty());
-  CHECK(proxy.status().pid == 0);
-  CHECK(proxy.status().last_exit != "");
-
-  CHECK(body_of(proxy.port(), "/pid") != line_of(pid));
-  CHECK(proxy.status().starts == 2);
-}
-
-TEST_CASE("a target that streams or tunnels is not idle") {
-  TemporaryDirectory directory;
-  auto options = fake_target();
-  options.idle_stop = Milliseconds(50);
-  RunningProxy proxy(options);
-  RawClient client(proxy.port());
-
-  std::function<void()> finish;
-  SUBCASE("an event stream") {
-    client.send("GET /sse?n=2&gate=" + (directory / "gate") +
-                " HTTP/1.1\r\nHost: test\r\n\r\n");
-    client.read_until("data: 1\n\n");
-    finish = [&] {
-      write_file(directory / "gate", "");
-      client.read_until("data: 2\n\n");
-    };
-  }
-  SUBCASE("a tunnel") {
-    client.send("GET /ws HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\n"
-                "Upgrade: echo\r\n\r\n");
-    CHECK(client.read_response().status == 101);
-    finish = [&] {
-      client.send("still there");
-      CHECK(client.read_exact(11) == "still there");
-      client.shutdown_write();
-      CHECK(client.at_end());
-    };
-  }
-  SUBCASE("an upload") {
-    client.send("POST /upload HTTP/1.1\r\nHost: test\r\n"
-                "Content-Length: 10\r\n\r\n");
-    CHECK(wait_for([&] { return proxy.status().state == "up"; }));
-    finish = [&] {
-      client.send_generated(10);
-      CHECK(client.read_response().body == "10\n");
-    };
-  }
-  CHECK(!wait_for([&] { return proxy.status().state != "up"; },
-                  Milliseconds(400)));
-  CHECK(proxy.status().in_flight == 1);
-  finish();
-  CHECK(wait_for([&] { return cold(proxy); }));
-  CHECK(proxy.status().starts == 1);
-}
-
-TEST_CASE("what already answers on the target's port is served from") {
+TEST_CASE("start: a server that already listens on the fixed port is used") {
   TemporaryDirectory directory;
   const auto port = free_port();
   auto options = fake_target({"--count-file", directory / "starts"});
@@ -296,117 +197,25 @@ TEST_CASE("what already answers on the target's port is served from") {
   CHECK(get(port).status == 200);
 }
 
-TEST_CASE("a proxy that is stopped leaves nothing behind") {
-  pid_t pid = 0;
-  const auto started = [&](RunningProxy &proxy) {
-    pid = static_cast<pid_t>(std::stol(body_of(proxy.port(), "/pid")));
-    CHECK(!children_in_group(pid).empty());
-  };
-  SUBCASE("of a target that obeys") {
-    RunningProxy proxy(fake_target());
-    started(proxy);
-    CHECK(proxy.stop());
-  }
-  SUBCASE("of one that takes its time") {
-    RunningProxy proxy(fake_target({"--term-delay", "200"}));
-    started(proxy);
-    CHECK(proxy.stop());
-  }
-  SUBCASE("of one that leaves a worker behind") {
-    auto options = fake_target({"--fork-worker"});
-    options.stop_timeout = Milliseconds(100);
-    RunningProxy proxy(options);
-    started(proxy);
-    proxy.stop();
-  }
-  SUBCASE("of one that does not listen to SIGTERM") {
-    auto options = fake_target({"--ignore-term"});
-    options.stop_timeout = Milliseconds(100);
-    RunningProxy proxy(options);
-    started(proxy);
-    proxy.stop();
-  }
-  SUBCASE("of one that has not come up yet") {
-    TemporaryDirectory directory;
-    auto options =
-        fake_target({"--never-listen", "--count-file", directory / "starts"});
-    options.prewarm = true;
-    RunningProxy proxy(options);
-    REQUIRE(wait_for([&] { return read_file(directory / "starts") != ""; }));
-    pid = static_cast<pid_t>(std::stol(read_file(directory / "starts")));
-    proxy.stop();
-  }
-  SUBCASE("of none") {
-    RunningProxy proxy(fake_target());
-    CHECK(proxy.stop());
-    return;
-  }
-  CHECK(children_in_group(pid).empty());
+TEST_CASE("start: a target that logs much before it listens") {
+  const long megabytes = in_full ? 100 : 10;
+  ServeProcess proxy(serve_fake({"--log-mb", std::to_string(megabytes)}));
+  CHECK(get(proxy.port(), "/pid").status == 200);
+  struct stat log;
+  REQUIRE(stat(proc_file(proxy.pid(), "fd/2").c_str(), &log) == 0);
+  CHECK(log.st_size >= megabytes << 20);
 }
 
-TEST_CASE("memory does not grow with a body") {
-  ServeProcess serve(serve_fake());
-  const auto port = serve.port();
-  CHECK(get(port).status == 200);
-  const auto before = peak_rss_kb(serve.pid());
-  const auto size = large_body();
-  const auto n = std::to_string(size);
-  const auto start = [](const std::string &method, const std::string &target) {
-    return method + " " + target + " HTTP/1.1\r\nHost: test\r\n";
-  };
-  RawClient client(port);
-
-  SUBCASE("down, with its length") {
-    client.send(start("GET", "/bytes?n=" + n) + "\r\n");
-    CHECK(client.read_response_head().header("Content-Length") == n);
-    CHECK(client.verify_generated(size) == size);
-    CHECK(client.get("/pid").status == 200);
-  }
-  SUBCASE("down, until the connection's end") {
-    client.send(start("GET", "/close?n=" + n) + "\r\n");
-    CHECK(client.read_response_head().status == 200);
-    CHECK(client.verify_generated(size) == size);
-    CHECK(client.at_end());
-  }
-  SUBCASE("down, in chunks") {
-    client.send(start("GET", "/chunked?n=" + n) + "\r\n");
-    CHECK(client.read_response_head().status == 200);
-    std::uint64_t at = 0;
-    for (;;) {
-      const auto chunk = std::stoul(client.read_until("\r\n"), nullptr, 16);
-      const auto data = client.read_exact(chunk + 2);
-      if (chunk == 0) { break; }
-      REQUIRE(bytes::match(data.data(), chunk, at));
-      at += chunk;
-    }
-    CHECK(at == size);
-    CHECK(client.get("/pid").status == 200);
-  }
-  SUBCASE("up, with its length") {
-    client.send(start("POST", "/upload") + "Content-Length: " + n + "\r\n\r\n");
-    CHECK(client.send_generated(size));
-    const auto response = client.read_response();
-    CHECK(response.status == 200);
-    CHECK(response.body == n + "\n");
-  }
-  SUBCASE("up, in chunks") {
-    client.send(start("POST", "/upload") +
-                "Transfer-Encoding: chunked\r\n\r\n");
-    std::string data(1 << 20, 0);
-    for (std::uint64_t at = 0; at < size; at += data.size()) {
-      data.resize(static_cast<std::size_t>(
-          std::min<std::uint64_t>(data.size(), size - at)));
-      bytes::fill(&data[0], data.size(), at);
-      char length[32];
-      std::snprintf(length, sizeof(length), "%zx\r\n", data.size());
-      REQUIRE(client.send(length + data + "\r\n"));
-    }
-    CHECK(client.send("0\r\n\r\n"));
-    const auto response = client.read_response();
-    CHECK(response.status == 200);
-    CHECK(response.body == n + "\n");
-  }
-  MESSAGE("peak of the resident set: ", before, " kB, then ",
-          peak_rss_kb(serve.pid()), " kB");
-  if (!sanitized) { CHECK(peak_rss_kb(serve.pid()) < before + 1024); }
+TEST_CASE("start: Server-Timing is added to responses that waited") {
+  ScriptedTarget target(answering(ok("ok", "Server-Timing: db;dur=1\r\n")));
+  RunningProxy proxy(attached(target));
+  RawClient client(proxy.port());
+  const auto cold = client.get();
+  CHECK(cold.header("Server-Timing") == "db;dur=1");
+  CHECK(cold.count("Server-Timing") == 2);
+  CHECK(cold.headers.back().second.find("warmproxy;desc=\"cold start\";dur=") ==
+        0);
+  CHECK(client.get().head ==
+        "HTTP/1.1 200 OK\r\nServer-Timing: db;dur=1\r\nContent-Length: "
+        "2\r\n\r\n");
 }

@@ -1,6 +1,6 @@
-// Time: what one side has sent, the other side has, while nobody knows yet what
-// comes next. No clock is asked: each side goes on only when the other one has
-// seen what it sent before, so whatever is held back stops the test.
+// Streaming: each side sends the next piece only when the other side has seen
+// the one before, so a piece that is held back stops the test. No clock is
+// used.
 
 #include "support.hpp"
 
@@ -16,7 +16,7 @@ const std::string request = "GET /events HTTP/1.1\r\nHost: test\r\n\r\n";
 const std::string event_stream =
     "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n";
 
-// Takes down each piece that the test's side has seen.
+// Counts the pieces that the client has seen.
 class Seen {
 public:
   void one() { ++count_; }
@@ -32,7 +32,7 @@ private:
 
 } // namespace
 
-TEST_CASE("each piece of an answer arrives before the next one is sent") {
+TEST_CASE("streaming: each piece of a response arrives at once") {
   const struct {
     std::string name;
     std::string client;              // the request
@@ -102,7 +102,7 @@ TEST_CASE("each piece of an answer arrives before the next one is sent") {
   }
 }
 
-TEST_CASE("each piece of a body arrives before the next one is sent") {
+TEST_CASE("streaming: each piece of a request body arrives at once") {
   const struct {
     std::string name;
     std::string head;
@@ -140,7 +140,7 @@ TEST_CASE("each piece of a body arrives before the next one is sent") {
   }
 }
 
-TEST_CASE("question and answer within one exchange") {
+TEST_CASE("streaming: both directions alternate within one exchange") {
   // As gRPC-Web's or a git server's streams: the answer comes while the
   // request goes on, each waiting for the other.
   const int rounds = 100;
@@ -172,7 +172,7 @@ TEST_CASE("question and answer within one exchange") {
 
 // Neither direction may wait for the other one to make room. The answer's last
 // byte is held back: nobody would still be sent a body that he has answered.
-TEST_CASE("a large body and a large answer at once") {
+TEST_CASE("streaming: a large request and a large response at once") {
   const std::uint64_t size = 16u << 20;
   Stage stage([&](TargetConnection &target) {
     if (target.read_head().empty()) { return; }
@@ -197,7 +197,7 @@ TEST_CASE("a large body and a large answer at once") {
   CHECK(stage.target.errors().empty());
 }
 
-TEST_CASE("a target that answers only when all was read gets all") {
+TEST_CASE("streaming: a target that responds only after the whole request") {
   // The answer echoes the whole body, which no buffer between could hold.
   const std::size_t size = 32u << 20;
   Stage stage(answering_with(
@@ -210,7 +210,7 @@ TEST_CASE("a target that answers only when all was read gets all") {
   CHECK(client.verify_generated(size) == size);
 }
 
-TEST_CASE("a slow stream does not hold up another one") {
+TEST_CASE("streaming: a slow stream does not delay others") {
   Gate gate;
   Stage stage([&](TargetConnection &target) {
     for (auto head = target.read_head(); !head.empty();

@@ -241,7 +241,7 @@ public:
     });
   }
 
-  // The platform stops reading, until it is let go on.
+  // Whether the platform stops reading.
   void pause(bool paused) { paused_ = paused; }
 
   // The platform goes away.
@@ -369,7 +369,7 @@ Environment with(Environment environment, const std::string &name,
 
 } // namespace
 
-TEST_CASE("vercel: server-started comes once, before the target runs") {
+TEST_CASE("vercel: server-started is sent once, before the target runs") {
   TemporaryDirectory directory;
   const auto starts = directory / "starts";
   Function function(serve_fake({"--count-file", starts}));
@@ -388,7 +388,7 @@ TEST_CASE("vercel: server-started comes once, before the target runs") {
   function.finish({"a", "b"});
 }
 
-TEST_CASE("vercel: it listens where the platform looks, and nowhere else") {
+TEST_CASE("vercel: listens on 127.0.0.1 only") {
   Function function;
   char expected[16];
   std::snprintf(expected, sizeof(expected), "0100007F:%04X",
@@ -399,8 +399,8 @@ TEST_CASE("vercel: it listens where the platform looks, and nowhere else") {
   CHECK(read_file("/proc/net/tcp6").find(expected) == std::string::npos);
 }
 
-TEST_CASE("vercel: without PORT the port is 3000") {
-  // It may be taken; then that is what it says.
+TEST_CASE("vercel: the default port is 3000") {
+  // It may be taken; then the error names it.
   Platform platform;
   auto environment = serve_fake();
   environment["VERCEL_IPC_PATH"] = platform.path();
@@ -416,7 +416,7 @@ TEST_CASE("vercel: without PORT the port is 3000") {
   }
 }
 
-TEST_CASE("vercel: a request ends once, whatever the answer is") {
+TEST_CASE("vercel: every invocation ends once, whatever the response") {
   Function function;
   {
     RawClient client(function.port);
@@ -444,7 +444,7 @@ TEST_CASE("vercel: a request ends once, whatever the answer is") {
     CHECK(client.read_response().status == 200);
     CHECK(client.read_response().status == 404);
   }
-  { // the answer is there before all of the request
+  { // the response comes before the request is complete
     RawClient client(function.port);
     client.send("POST /early413 HTTP/1.1\r\nHost: x\r\nContent-Length: "
                 "20000000\r\n" +
@@ -456,7 +456,7 @@ TEST_CASE("vercel: a request ends once, whatever the answer is") {
                    "p1", "p2", "early"});
 }
 
-TEST_CASE("vercel: a request ends not before its answer") {
+TEST_CASE("vercel: an invocation does not end before its response") {
   Gate gate;
   ScriptedTarget target([&](TargetConnection &c) {
     while (!c.read_head().empty()) {
@@ -477,7 +477,7 @@ TEST_CASE("vercel: a request ends not before its answer") {
   function.finish({"slow"});
 }
 
-TEST_CASE("vercel: a request ends once, whatever goes wrong") {
+TEST_CASE("vercel: an invocation ends once, whatever fails") {
   SUBCASE("the target cannot be started") {
     Function function(serve_fake({"--exit-now", "3"}));
     CHECK(function.request("502").status == 502);
@@ -490,19 +490,19 @@ TEST_CASE("vercel: a request ends once, whatever goes wrong") {
     CHECK(function.request("504").status == 504);
     function.finish({"504"});
   }
-  SUBCASE("it dies before its answer") {
+  SUBCASE("it dies before its response") {
     Function function;
-    // Sent again to the next one, that dies of it too.
+    // Repeated on the next one, which dies of it, too.
     CHECK(function.request("crash", "/crash").status >= 502);
     function.finish({"crash"});
   }
-  SUBCASE("it dies in mid-answer") {
+  SUBCASE("it dies within its response") {
     Function function;
     CHECK(!function.request("half", "/crash-mid").complete);
     CHECK(function.platform.ended("half"));
     function.finish({"half"});
   }
-  SUBCASE("its answer is none") {
+  SUBCASE("its response is malformed") {
     ScriptedTarget target(answering("what?\r\n\r\n"));
     Function function(serve_attached(target));
     CHECK(function.request("nonsense").status == 502);
@@ -516,7 +516,7 @@ TEST_CASE("vercel: a request ends once, whatever goes wrong") {
   }
 }
 
-TEST_CASE("vercel: a request ends once when its client leaves") {
+TEST_CASE("vercel: an invocation ends once when its client disconnects") {
   SUBCASE("before the target is up") {
     TemporaryDirectory directory;
     const auto starts = directory / "starts";
@@ -562,7 +562,7 @@ TEST_CASE("vercel: a request ends once when its client leaves") {
   }
 }
 
-TEST_CASE("vercel: an upgrade ends its request at once, and goes on") {
+TEST_CASE("vercel: an upgrade ends its invocation at once, the tunnel stays") {
   Function function;
   const std::string upgrade = "GET /ws HTTP/1.1\r\nHost: x\r\nConnection: "
                               "Upgrade\r\nUpgrade: thing\r\n";
@@ -585,7 +585,7 @@ TEST_CASE("vercel: an upgrade ends its request at once, and goes on") {
   function.finish({"ws", "refused"});
 }
 
-TEST_CASE("vercel: messages never mix") {
+TEST_CASE("vercel: messages never interleave") {
   ScriptedTarget target(answering(ok()));
   Function function(serve_attached(target));
   constexpr int clients = 64, each = 20;
@@ -613,7 +613,7 @@ TEST_CASE("vercel: messages never mix") {
   function.finish(invocations);
 }
 
-TEST_CASE("vercel: identifiers arrive as they came") {
+TEST_CASE("vercel: identifiers are reported unchanged") {
   ScriptedTarget target(answering(ok()));
   Function function(serve_attached(target));
   const auto end_of = [&](const std::string &headers) {
@@ -641,12 +641,12 @@ TEST_CASE("vercel: identifiers arrive as they came") {
   CHECK(invocation("fra1::abc-123_x/y") == "fra1::abc-123_x/y");
   CHECK(invocation("say \"hi\" \\ back") == "say \"hi\" \\ back");
   CHECK(invocation("a\tb") == "a\tb");
-  invocation("obs-text \xff\xfe, cut \xc3"); // valid JSON is all that matters
+  invocation("obs-text \xff\xfe, cut \xc3"); // it only has to be valid JSON
   invocation("\xc3\xa9t\xc3\xa9");
   CHECK(function.platform.ends().size() == 14);
   CHECK(function.platform.count("end") == 14);
 
-  // Nobody waits for the end of a request without an invocation.
+  // A request without an invocation has no end.
   CHECK(get(function.port).status == 200);
   CHECK(get(function.port, "/", "x-vercel-internal-request-id: 9\r\n").status ==
         200);
@@ -656,7 +656,7 @@ TEST_CASE("vercel: identifiers arrive as they came") {
   CHECK(function.platform.ends().size() == 14);
 }
 
-TEST_CASE("vercel: a ping is answered here, and starts nothing") {
+TEST_CASE("vercel: a ping gets its response without the target") {
   TemporaryDirectory directory;
   const auto starts = directory / "starts";
   Function function(serve_fake({"--count-file", starts}));
@@ -673,7 +673,7 @@ TEST_CASE("vercel: a ping is answered here, and starts nothing") {
     CHECK(head.status == 200);
     CHECK(read_file(starts).empty());
 
-    // What only looks like it is the target's.
+    // Similar paths are the target's.
     for (const char *target :
          {"/_vercel/ping/", "/_vercel/pings", "/_vercel", "/x/_vercel/ping"}) {
       CHECK(client.get(target, Function::identified(target)).status == 404);
@@ -684,7 +684,7 @@ TEST_CASE("vercel: a ping is answered here, and starts nothing") {
       {"/_vercel/ping/", "/_vercel/pings", "/_vercel", "/x/_vercel/ping"});
 }
 
-TEST_CASE("vercel: a ping is answered whatever the route prefix is") {
+TEST_CASE("vercel: a ping ignores the route prefix") {
   Function function(
       with(with(serve_fake(), "VERCEL_SERVICE_ROUTE_PREFIX", "/x"),
            "VERCEL_SERVICE_ROUTE_PREFIX_STRIP", "1"));
@@ -693,7 +693,7 @@ TEST_CASE("vercel: a ping is answered whatever the route prefix is") {
   function.finish({"prefixed"});
 }
 
-TEST_CASE("vercel: internal headers stay inside, the platform's others pass") {
+TEST_CASE("vercel: internal headers are removed, others forwarded") {
   ScriptedTarget target(answering(ok()));
   const std::string internal = Function::identified("a") +
                                "X-Vercel-Internal-Span-Id: s\r\n"
@@ -710,7 +710,7 @@ TEST_CASE("vercel: internal headers stay inside, the platform's others pass") {
   CHECK(target.request(0).head ==
         "GET / HTTP/1.1\r\nHost: test\r\n" + others + "\r\n");
 
-  // What the platform did not say is filled in.
+  // What the platform did not send is filled in.
   CHECK(get(function.port).status == 200);
   const auto head = target.request(1).head;
   CHECK(header_of(head, "X-Forwarded-For") == "127.0.0.1");
@@ -718,7 +718,7 @@ TEST_CASE("vercel: internal headers stay inside, the platform's others pass") {
   CHECK(header_of(head, "X-Forwarded-Proto") == "http");
 }
 
-TEST_CASE("vercel: the route prefix is taken off on a segment boundary") {
+TEST_CASE("vercel: the route prefix is removed on a segment boundary") {
   ScriptedTarget target(answering(ok()));
   std::size_t requests = 0;
   const auto seen = [&](Function &function, const std::string &path) {
@@ -770,7 +770,7 @@ TEST_CASE("vercel: the route prefix is taken off on a segment boundary") {
       CHECK(target_of(seen(*function_with(prefix, "1"), "/svc/a")) == "/svc/a");
     }
   }
-  SUBCASE("if the platform wants it") {
+  SUBCASE("if the platform asks for it") {
     for (const std::string strip : {"1", "true", "TRUE", " True "}) {
       CAPTURE(strip);
       CHECK(target_of(seen(*function_with("/svc", strip), "/svc/a")) == "/a");
@@ -781,7 +781,7 @@ TEST_CASE("vercel: the route prefix is taken off on a segment boundary") {
             "/svc/a");
     }
   }
-  SUBCASE("unless we were told another one") {
+  SUBCASE("unless WARMPROXY_STRIP_PREFIX is set") {
     Function function(
         serve_attached(target, {{"WARMPROXY_STRIP_PREFIX", "/own"},
                                 {"VERCEL_SERVICE_ROUTE_PREFIX", "/svc"},
@@ -791,7 +791,7 @@ TEST_CASE("vercel: the route prefix is taken off on a segment boundary") {
   }
 }
 
-TEST_CASE("vercel: when nothing can be served it says so, and ends") {
+TEST_CASE("vercel: an unrecoverable error is reported") {
   const auto failing = [](Environment environment) {
     Platform platform;
     environment.emplace("VERCEL_IPC_PATH", platform.path());
@@ -830,7 +830,7 @@ TEST_CASE("vercel: when nothing can be served it says so, and ends") {
   contains(message, std::to_string(taken.port()));
 }
 
-TEST_CASE("vercel: what the target gets to see of it") {
+TEST_CASE("vercel: the target's environment") {
   auto environment = serve_fake();
   environment.insert({{"VERCEL", "1"}, {"VERCEL_ENV", "production"}});
   SUBCASE("HOME and TMPDIR, where it has none") {
@@ -845,7 +845,7 @@ TEST_CASE("vercel: what the target gets to see of it") {
       CHECK(line.compare(0, 15, "VERCEL_IPC_PATH") != 0);
       CHECK(line.compare(0, 10, "WARMPROXY_") != 0);
     }
-    // Nor the socket itself: standard streams, and its own.
+    // Nor the socket itself.
     CHECK(function.request("fds", "/fds").body.find("ipc") ==
           std::string::npos);
     const auto target = std::stoi(function.request("pid", "/pid").body);
@@ -872,7 +872,7 @@ TEST_CASE("vercel: what the target gets to see of it") {
   }
 }
 
-TEST_CASE("vercel: one too many is told so, and has an end too") {
+TEST_CASE("vercel: a refused connection ends its invocation, too") {
   auto environment = serve_fake();
   environment["WARMPROXY_MAX_CONNECTIONS"] = "4";
   Function function(environment);
@@ -881,13 +881,13 @@ TEST_CASE("vercel: one too many is told so, and has an end too") {
     inside.emplace_back(function.port);
     CHECK(inside.back().get("/_vercel/ping").status == 200);
   }
-  CHECK(function.request("crowded").status == 503);
-  CHECK(function.platform.ended("crowded"));
+  CHECK(function.request("refused").status == 503);
+  CHECK(function.platform.ended("refused"));
   inside.clear();
-  function.finish({"crowded"});
+  function.finish({"refused"});
 }
 
-TEST_CASE("vercel: a platform that does not read hinders no request") {
+TEST_CASE("vercel: a platform that does not read delays no request") {
   Function function;
   function.platform.pause(true);
   // More than any socket has room for.
@@ -900,13 +900,13 @@ TEST_CASE("vercel: a platform that does not read hinders no request") {
     CHECK(client.read_response().status == 200);
   }
   CHECK(get(function.port, "/_vercel/ping").status == 200);
-  SUBCASE("and hears of it all in the end") {
+  SUBCASE("and gets all messages in the end") {
     function.platform.pause(false);
     CHECK(wait_for([&] { return function.platform.count("end") == count; }));
     client.close();
     function.process.signal(SIGTERM);
   }
-  SUBCASE("nor does it hold up the end") {
+  SUBCASE("and does not delay the stop") {
     client.close();
     function.process.signal(SIGTERM);
     CHECK(function.process.wait() == 0);
@@ -916,7 +916,7 @@ TEST_CASE("vercel: a platform that does not read hinders no request") {
   CHECK(function.process.wait() == 0);
 }
 
-TEST_CASE("vercel: without the platform it runs as anywhere else") {
+TEST_CASE("vercel: runs without the platform") {
   SUBCASE("not there") {
     ServeProcess process(
         with(serve_fake(), "VERCEL_IPC_PATH", "/nowhere/ipc.sock"));
@@ -925,7 +925,7 @@ TEST_CASE("vercel: without the platform it runs as anywhere else") {
     process.signal(SIGTERM);
     CHECK(process.wait() == 0);
   }
-  SUBCASE("gone in between") {
+  SUBCASE("gone while we serve") {
     Function function;
     CHECK(function.request("before").status == 200);
     CHECK(function.platform.ended("before"));
@@ -936,7 +936,7 @@ TEST_CASE("vercel: without the platform it runs as anywhere else") {
     function.process.signal(SIGTERM);
     CHECK(function.process.wait() == 0);
   }
-  SUBCASE("gone before anything can be said") {
+  SUBCASE("gone before any message") {
     Platform platform;
     Process process(
         built("warmproxy"), {},
@@ -947,7 +947,7 @@ TEST_CASE("vercel: without the platform it runs as anywhere else") {
 
 // The platform kills it 500 ms after SIGTERM. What is checked is that it does
 // not take the seconds that it may take elsewhere.
-TEST_CASE("vercel: SIGTERM leaves time for what is nearly done, and no more") {
+TEST_CASE("vercel: SIGTERM leaves little time") {
   constexpr Milliseconds much_less_than_elsewhere{5000};
   const std::string mark = "TEST_MARK=" + std::to_string(getpid());
   const auto finished = [&](Function &function) {
@@ -982,7 +982,7 @@ TEST_CASE("vercel: SIGTERM leaves time for what is nearly done, and no more") {
     CHECK(finished(function) == 0);
     CHECK(function.platform.ends_of("a") == 1);
   }
-  SUBCASE("a stream, and a tunnel, and a target that will not go") {
+  SUBCASE("a stream, a tunnel, and a target that ignores SIGTERM") {
     TemporaryDirectory directory;
     Function function(marked(serve_fake({"--ignore-term", "--fork-worker"})));
     RawClient stream(function.port), tunnel(function.port);
@@ -1014,7 +1014,7 @@ TEST_CASE("vercel: SIGTERM leaves time for what is nearly done, and no more") {
     CHECK(function.platform.closed());
     CHECK(function.platform.ends_of("a") == 1);
   }
-  SUBCASE("nothing: it comes as soon as we have said that we serve") {
+  SUBCASE("directly after server-started") {
     for (int i = 0; i < 20; ++i) {
       Function function;
       function.process.signal(SIGTERM);

@@ -1,9 +1,6 @@
-// Targets that die while they serve: what can be sent again is answered all
-// the same, what cannot is never sent twice.
+// Targets that die while they serve: the restart, and what becomes of requests.
 
-#include "support.hpp"
-
-#include <doctest/doctest.h>
+#include "figures.hpp"
 
 #include <set>
 
@@ -11,7 +8,6 @@ using namespace support;
 
 namespace {
 
-const bool in_full = environment_or("WARMPROXY_TEST_LONG", "") == "1";
 const int kills = in_full ? 60 : 10;
 const Milliseconds between_kills{in_full ? 1000 : 500};
 const std::size_t clients = 32;
@@ -68,7 +64,7 @@ std::string described(const Response &response) {
 
 } // namespace
 
-TEST_CASE("a target killed every second loses no GET") {
+TEST_CASE("restart: no GET is lost when the target is killed every second") {
   RunningProxy proxy(fake_target());
   std::atomic<std::uint64_t> answered{0}, failed{0}, waited{0};
   std::mutex mutex;
@@ -98,7 +94,8 @@ TEST_CASE("a target killed every second loses no GET") {
   CHECK(waited >= static_cast<std::size_t>(kills));
 }
 
-TEST_CASE("a target killed every second gets no POST twice") {
+TEST_CASE(
+    "restart: no POST arrives twice when the target is killed every second") {
   TemporaryDirectory directory;
   const auto posts = directory / "posts", starts = directory / "starts";
   RunningProxy proxy(
@@ -154,7 +151,7 @@ TEST_CASE("a target killed every second gets no POST twice") {
         static_cast<std::size_t>(kills) + 1);
 }
 
-TEST_CASE("a request that kills the target is not handed over for ever") {
+TEST_CASE("restart: a request that kills the target is not repeated forever") {
   TemporaryDirectory directory;
   const auto starts = directory / "starts";
   RunningProxy proxy(fake_target({"--count-file", starts}));
@@ -178,4 +175,67 @@ TEST_CASE("a request that kills the target is not handed over for ever") {
   CHECK(lines_of(read_file(starts)).size() <= 5);
   CHECK(proxy.logged("exited with status 7"));
   CHECK(wait_for([&] { return get(proxy.port(), "/pid").status == 200; }));
+}
+
+TEST_CASE("restart: a good start resets the back-off") {
+  TemporaryDirectory directory;
+  warmproxy::Options options;
+  options.binary = "/bin/sh";
+  options.args = {"-c",
+                  "echo >>\"$0\"; [ $(wc -l <\"$0\") -gt 4 ] || exit 3; "
+                  "exec \"$1\"",
+                  directory / "starts", built("fake")};
+  RunningProxy proxy(options);
+  CHECK(wait_for([&] { return get(proxy.port(), "/pid").status == 200; }));
+  CHECK(proxy.status().starts == 5);
+  // For longer than what dies as soon as it is up.
+  CHECK(wait_for([&] { return proxy.status().up_for > Milliseconds(300); }));
+  kill_one(proxy.status().pid);
+  CHECK(get(proxy.port(), "/pid").status == 200);
+}
+
+TEST_CASE("restart: back-off limits a crash loop") {
+  TemporaryDirectory directory;
+  const auto starts = directory / "starts";
+  std::vector<std::string> args = {"--count-file", starts};
+  long free = 1; // starts that no pause stands before
+  SUBCASE("before it is up") { args.insert(args.end(), {"--exit-now", "1"}); }
+  SUBCASE("as soon as it is up") {
+    // The first one may have been chance.
+    args.insert(args.end(), {"--exit-after", "50", "1"});
+    free = 2;
+  }
+  const auto length = Milliseconds(in_full ? 30000 : 2000);
+  const auto began = Clock::now();
+  RunningProxy proxy(fake_target(args));
+  std::vector<std::thread> threads;
+  std::atomic<long> told{0}, odd{0};
+  for (int i = 0; i < 4; ++i) {
+    threads.emplace_back([&] {
+      RawClient client(proxy.port());
+      wait_for(
+          [&] {
+            const auto response = client.get("/pid");
+            const auto status = response.status;
+            ++(status == 502 || status == 503 || status == 200 ? told : odd);
+            return Clock::now() >= began + length;
+          },
+          patience + length);
+    });
+  }
+  for (auto &thread : threads) {
+    thread.join();
+  }
+  const auto took = Clock::now() - began;
+  const auto count = static_cast<long>(lines_of(read_file(starts)).size());
+  long allowed = free;
+  Milliseconds sum(0), pause(100);
+  while ((sum += pause) < took) {
+    ++allowed;
+    pause = std::min(pause * 2, Milliseconds(5000));
+  }
+  MESSAGE(count, " starts, ", allowed, " allowed; ", told.load(), " answers");
+  CHECK(count <= allowed);
+  CHECK(count >= 2);
+  CHECK(odd == 0);
 }

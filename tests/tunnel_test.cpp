@@ -1,4 +1,4 @@
-// Upgrades: behind a 101, bytes go both ways until both sides have ended.
+// Upgrades: after a 101, bytes go both ways until both sides have ended.
 
 #include "figures.hpp"
 
@@ -25,23 +25,23 @@ Headers sorted(std::string_view head) {
   return headers;
 }
 
-// Sends back what it gets, until the end.
+// Echoes everything until the end.
 void echo(TargetConnection &c) {
   for (auto text = c.read_some(); !text.empty(); text = c.read_some()) {
     c.send(text);
   }
 }
-ScriptedTarget::Handler upgrading(std::string answer = switching) {
-  return [answer](TargetConnection &c) {
+ScriptedTarget::Handler upgrading(std::string response = switching) {
+  return [response](TargetConnection &c) {
     if (c.read_head().empty()) { return; }
-    c.send(answer);
+    c.send(response);
     echo(c);
   };
 }
 
 } // namespace
 
-TEST_CASE("a WebSocket's heads arrive, and its bytes") {
+TEST_CASE("tunnel: a WebSocket") {
   Stage stage(upgrading());
   RawClient client(stage.port());
   client.send(websocket);
@@ -64,7 +64,7 @@ TEST_CASE("a WebSocket's heads arrive, and its bytes") {
   CHECK(wait_for([&] { return stage.proxy.status().in_flight == 0; }));
 }
 
-TEST_CASE("any protocol can be upgraded to") {
+TEST_CASE("tunnel: any protocol can be upgraded to") {
   const struct {
     std::string name, lines, upgrade;
   } cases[] = {
@@ -97,7 +97,7 @@ TEST_CASE("any protocol can be upgraded to") {
   }
 }
 
-TEST_CASE("what is right behind the heads is not lost") {
+TEST_CASE("tunnel: bytes directly behind the heads") {
   const std::string early(100000, 'e');
   Stage stage([&](TargetConnection &c) {
     if (c.read_head().empty()) { return; }
@@ -111,7 +111,7 @@ TEST_CASE("what is right behind the heads is not lost") {
   CHECK(client.read_exact(5) == "first");
 }
 
-TEST_CASE("what is right behind the heads, and more than a buffer of it") {
+TEST_CASE("tunnel: more than a buffer directly behind the head") {
   const std::string early(1 << 20, 'e');
   Stage stage(upgrading());
   RawClient client(stage.port());
@@ -122,7 +122,7 @@ TEST_CASE("what is right behind the heads, and more than a buffer of it") {
   sender.wait();
 }
 
-TEST_CASE("a body of the request goes before the tunnel") {
+TEST_CASE("tunnel: a request body comes before the tunnel") {
   Stage stage([](TargetConnection &c) {
     const auto head = c.read_head();
     if (head.empty()) { return; }
@@ -138,7 +138,7 @@ TEST_CASE("a body of the request goes before the tunnel") {
   CHECK(client.read_exact(8) == "bodymore");
 }
 
-TEST_CASE("a megabyte each way at once") {
+TEST_CASE("tunnel: a megabyte in both directions at once") {
   const std::uint64_t size = 1 << 20;
   Stage stage([&](TargetConnection &c) {
     if (c.read_head().empty()) { return; }
@@ -159,7 +159,7 @@ TEST_CASE("a megabyte each way at once") {
   CHECK(client.read_exact(3) == "all");
 }
 
-TEST_CASE("each direction of a tunnel ends for itself") {
+TEST_CASE("tunnel: each direction ends on its own") {
   SUBCASE("the client's first") {
     Stage stage([](TargetConnection &c) {
       if (c.read_head().empty()) { return; }
@@ -223,7 +223,7 @@ TEST_CASE("each direction of a tunnel ends for itself") {
   }
 }
 
-TEST_CASE("a tunnel that is torn down on one side is so on the other") {
+TEST_CASE("tunnel: a reset on one side resets the other") {
   SUBCASE("by the client") {
     Gate gone;
     Stage stage([&](TargetConnection &c) {
@@ -259,7 +259,7 @@ TEST_CASE("a tunnel that is torn down on one side is so on the other") {
 
 // An hour, or as many seconds as WARMPROXY_TEST_IDLE says; by default a few
 // times longer than anything that could time it out is set to here.
-TEST_CASE("nothing times a tunnel out") {
+TEST_CASE("tunnel: has no idle timeout") {
   const auto idle = std::chrono::seconds(
       std::atoi(environment_or("WARMPROXY_TEST_IDLE", "1").c_str()));
   auto options = fake_target();
@@ -282,9 +282,34 @@ TEST_CASE("nothing times a tunnel out") {
   CHECK(wait_for([&] { return proxy.status().state == "cold"; }));
 }
 
-// ---- no upgrade after all --------------------------------------------------
+TEST_CASE(
+    "tunnel: a half-closed tunnel costs no CPU time, and a reset ends it") {
+  std::promise<void> over;
+  const auto waited = over.get_future().share();
+  ScriptedTarget target([&](TargetConnection &c) {
+    if (c.read_head().empty()) { return; }
+    c.send(switching);
+    waited.wait(); // it neither reads nor ends
+  });
+  Watched proxy({{"WARMPROXY_BINARY", "/bin/false"},
+                 {"WARMPROXY_TARGET_PORT", std::to_string(target.port())},
+                 {"WARMPROXY_HEALTH_PATH", ""}});
+  RawClient client(proxy.port());
+  client.send(websocket);
+  CHECK(client.read_response().status == 101);
+  SUBCASE("behind an end") { client.shutdown_write(); }
+  SUBCASE("behind more than the target takes") {
+    const std::string large(64u << 20, 'x');
+    CHECK_THROWS_AS(client.send(large, Milliseconds(300)), Error);
+  }
+  CHECK(rests(proxy.pid()));
+  CHECK(proxy.number("in_flight") == 1);
+  client.reset();
+  CHECK(proxy.alone());
+  over.set_value();
+}
 
-TEST_CASE("a refused upgrade is an ordinary answer") {
+TEST_CASE("tunnel: a refused upgrade is an ordinary response") {
   for (const std::string status :
        {"403 No", "404 Where", "200 OK", "503 Busy"}) {
     CAPTURE(status);
@@ -305,7 +330,8 @@ TEST_CASE("a refused upgrade is an ordinary answer") {
   }
 }
 
-TEST_CASE("a 426 says what to upgrade to") { // RFC 9110, section 15.5.22
+TEST_CASE(
+    "tunnel: a 426 keeps its Upgrade header") { // RFC 9110, section 15.5.22
   Stage stage(answering("HTTP/1.1 426 Upgrade Required\r\nUpgrade: "
                         "TLS/1.0\r\nConnection: Upgrade\r\nContent-Length: "
                         "2\r\n\r\nno"));
@@ -319,7 +345,7 @@ TEST_CASE("a 426 says what to upgrade to") { // RFC 9110, section 15.5.22
   }
 }
 
-TEST_CASE("nobody is switched who did not ask for it") {
+TEST_CASE("tunnel: an unrequested 101 becomes 502") {
   const struct {
     std::string name, request;
   } cases[] = {
@@ -344,7 +370,7 @@ TEST_CASE("nobody is switched who did not ask for it") {
   }
 }
 
-TEST_CASE("an upgrade after interim answers and other requests") {
+TEST_CASE("tunnel: an upgrade after interim responses and other requests") {
   Stage stage([](TargetConnection &c) {
     for (auto head = c.read_head(); !head.empty(); head = c.read_head()) {
       if (header_of(head, "Upgrade").empty()) {
@@ -365,30 +391,4 @@ TEST_CASE("an upgrade after interim answers and other requests") {
   client.send("bytes");
   CHECK(client.read_exact(5) == "bytes");
   CHECK(get(stage.port()).body == "ok"); // that connection is not used again
-}
-
-TEST_CASE("half a tunnel costs no time, and a reset ends it") {
-  std::promise<void> over;
-  const auto waited = over.get_future().share();
-  ScriptedTarget target([&](TargetConnection &c) {
-    if (c.read_head().empty()) { return; }
-    c.send(switching);
-    waited.wait(); // it neither reads nor ends
-  });
-  Watched proxy({{"WARMPROXY_BINARY", "/bin/false"},
-                 {"WARMPROXY_TARGET_PORT", std::to_string(target.port())},
-                 {"WARMPROXY_HEALTH_PATH", ""}});
-  RawClient client(proxy.port());
-  client.send(websocket);
-  CHECK(client.read_response().status == 101);
-  SUBCASE("behind an end") { client.shutdown_write(); }
-  SUBCASE("behind more than the target takes") {
-    const std::string large(64u << 20, 'x');
-    CHECK_THROWS_AS(client.send(large, Milliseconds(300)), Error);
-  }
-  CHECK(rests(proxy.pid()));
-  CHECK(proxy.number("in_flight") == 1);
-  client.reset();
-  CHECK(proxy.alone());
-  over.set_value();
 }

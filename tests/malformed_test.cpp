@@ -1,30 +1,15 @@
-// What could be read in two ways is refused, or made into what can be read in
-// one. A refused request never reaches the target, and never starts it.
+// Heads that could be read in more than one way are refused.
 
-#include "support.hpp"
-
-#include <doctest/doctest.h>
+#include "malformed.hpp"
 
 using namespace support;
-using namespace std::string_literals; // for bytes behind a NUL
 
 namespace {
-
-const std::string smuggled = "GET /smuggled HTTP/1.1\r\nHost: test\r\n\r\n";
 
 struct Malformed {
   std::string name, bytes;
   int status = 400;
 };
-
-// A request with this line in it, or these.
-std::string with(const std::string &lines) {
-  return "POST / HTTP/1.1\r\nHost: test\r\n" + lines + "\r\n\r\n";
-}
-std::string requesting(const std::string &line) {
-  return line + "\r\nHost: test\r\n\r\n";
-}
-
 std::vector<Malformed> malformed() {
   std::vector<Malformed> all = {
       // The request line
@@ -203,99 +188,9 @@ std::vector<Malformed> malformed() {
   return all;
 }
 
-std::vector<std::string> bad_chunks() {
-  return {"g\r\n"s,
-          "\r\n"s,
-          ";x\r\n"s,
-          "\r\n\r\n"s,
-          ";x\r\n\r\n"s,
-          "-1\r\n"s,
-          "+1\r\na\r\n0\r\n\r\n"s,
-          "0x1\r\na\r\n0\r\n\r\n"s,
-          "1h\r\na\r\n0\r\n\r\n"s,
-          " 1\r\na\r\n0\r\n\r\n"s,
-          "1 \r\na\r\n0\r\n\r\n"s,
-          "1\t\r\na\r\n0\r\n\r\n"s,
-          "1_0\r\n"s,
-          "1,1\r\n"s,
-          "\xEF\xBC\x91\r\na\r\n0\r\n\r\n"s,
-          "1\na\r\n0\r\n\r\n"s,
-          "1\ra\r\n0\r\n\r\n"s,
-          "1\r\r\na\r\n0\r\n\r\n"s,
-          "1;x\na\r\n0\r\n\r\n"s,
-          "1;x\ry\r\na\r\n0\r\n\r\n"s,
-          "1;x\x01\r\na\r\n0\r\n\r\n"s,
-          "1;\0\r\na\r\n0\r\n\r\n"s,
-          "1\0\r\na\r\n0\r\n\r\n"s,
-          "1;" + std::string(70000, 'x') + "\r\na\r\n0\r\n\r\n",
-          std::string(70000, '0') + "1\r\na\r\n0\r\n\r\n",
-          "1\r\nab\r\n0\r\n\r\n"s,
-          "2\r\na\r\n0\r\n\r\n"s,
-          "1\r\na\n0\r\n\r\n"s,
-          "1\r\na\r0\r\n\r\n"s,
-          "1\r\na0\r\n\r\n"s,
-          "1\r\na\r\n\r\n0\r\n\r\n"s,
-          "1\r\naxx0\r\n\r\n"s,
-          "1\r\na\n\n0\r\n\r\n"s,
-          "1\r\na\r\r0\r\n\r\n"s,
-          "1\r\nax\n0\r\n\r\n"s,
-          "1\r\na\rx0\r\n\r\n"s,
-          "8000000000000000\r\n"s,
-          "ffffffffffffffff\r\n"s,
-          "10000000000000000\r\n"s,
-          "10000000000000001\r\na\r\n0\r\n\r\n"s,
-          "fffffffffffffffffffffffffffffffff\r\n"s,
-          "0\n\r\n"s,
-          "0\r\n\n"s,
-          "0\r\n\rx"s,
-          "0\r\n x: 1\r\n\r\n"s,
-          "0\r\nx\r\n\r\n"s,
-          "0\r\n: 1\r\n\r\n"s,
-          "0\r\nx : 1\r\n\r\n"s,
-          "0\r\nx: 1\n\r\n"s,
-          "0\r\nx: 1\r\n 2\r\n\r\n"s,
-          "0\r\nx: a\rb\r\n\r\n"s,
-          "0\r\nx: \0\r\n\r\n"s,
-          "0\r\nx: 1\r\n\n"s,
-          "0\r\nx: " + std::string(70000, 'x') + "\r\n\r\n"};
-}
-
-// For messages, without what would fill the screen.
-std::string shown(const std::string &bytes) {
-  std::string text;
-  for (const char c : bytes.substr(0, 60)) {
-    char escaped[8];
-    std::snprintf(escaped, sizeof(escaped),
-                  c > ' ' && c < 127 ? "%c" : "\\x%02x",
-                  static_cast<unsigned char>(c));
-    text += escaped;
-  }
-  return text;
-}
-
-void send_bytewise(RawClient &client, const std::string &text) {
-  for (const char c : text) {
-    if (!client.send({&c, 1})) {
-      return;
-    } // refused before the end, and rightly
-  }
-}
-
-// It is one answer of ours, and the end.
-void check_refused(RawClient &client, int status) {
-  const auto response = client.read_response();
-  CHECK(response.status == status);
-  CHECK(response.complete);
-  CHECK(response.header("Connection") == "close");
-  CHECK(response.header("Content-Type").find("text/plain") == 0);
-  CHECK(response.body.find("warmproxy: ") == 0);
-  CHECK(response.body.find('\n') == response.body.size() - 1);
-  CHECK(client.read_to_end() == "");
-}
-
 } // namespace
 
-TEST_CASE("a malformed request does not start the target") {
+TEST_CASE("request head: a malformed one does not start the target") {
   RunningProxy proxy(fake_target());
   for (const auto &c : malformed()) {
     CAPTURE(c.name);
@@ -315,7 +210,7 @@ TEST_CASE("a malformed request does not start the target") {
   CHECK(proxy.status().state == "cold");
 }
 
-TEST_CASE("a malformed request does not reach the target") {
+TEST_CASE("request head: a malformed one does not reach the target") {
   Stage stage(answering(ok()));
   for (const auto &c : malformed()) {
     CAPTURE(c.name);
@@ -338,147 +233,7 @@ TEST_CASE("a malformed request does not reach the target") {
   CHECK(stage.target.received().find("smuggled") == std::string::npos);
 }
 
-TEST_CASE("a head beyond 64 KB is refused") {
-  Stage stage(answering(ok()));
-  const std::string start = "GET / HTTP/1.1\r\nHost: test\r\n";
-  const auto padded = [&](std::size_t size) {
-    const auto length = size - start.size() - std::strlen("X: \r\n\r\n");
-    return start + "X: " + std::string(length, 'x') + "\r\n\r\n";
-  };
-  CHECK(exchange(stage.port(), padded(64 * 1024)).status == 200);
-  const auto before = stage.target.received().size();
-  for (const auto &head :
-       {padded(64 * 1024 + 1), padded(200000),
-        "GET /" + std::string(70000, 'x') + " HTTP/1.1\r\nHost: test\r\n\r\n",
-        std::string(70000, 'x')}) {
-    RawClient client(stage.port());
-    client.send(head);
-    check_refused(client, 431);
-  }
-  CHECK(stage.target.received().size() == before);
-}
-
-TEST_CASE("a head that would cost us more than its size is refused") {
-  Stage stage(answering(ok()));
-  const std::string start = "GET / HTTP/1.1\r\nHost: test\r\n";
-  const auto times = [](int n, const std::string &text) {
-    std::string all;
-    while (n-- > 0) {
-      all += text;
-    }
-    return all;
-  };
-  for (const auto &[sent, status] :
-       {std::pair<std::string, int>{start + times(999, "X: 1\r\n"), 200},
-        {start + times(1000, "X: 1\r\n"), 431},
-        {start + times(20000, "X:\r\n"), 431},
-        {start + "Connection: " + times(99, "x,") + "x\r\n", 200},
-        {start + "Connection: " + times(100, "x,") + "x\r\n", 431}}) {
-    const auto before = stage.target.received().size();
-    RawClient client(stage.port());
-    client.send(sent + "\r\n");
-    if (status == 200) {
-      CHECK(client.read_response().status == 200);
-    } else {
-      check_refused(client, 431);
-      CHECK(stage.target.received().size() == before);
-    }
-  }
-}
-
-// Blanks and case differ, and so would what strict and lenient targets see.
-TEST_CASE("framing is told to the target in one way") {
-  const struct {
-    std::string sent, arrives, body;
-  } cases[] = {
-      {"Content-Length: 4", "Content-Length: 4", "body"},
-      {"Content-Length:4", "Content-Length: 4", "body"},
-      {"content-length: \t4 \t", "Content-Length: 4", "body"},
-      {"Content-Length: 0004", "Content-Length: 4", "body"},
-      {"Content-Length: 00", "Content-Length: 0", ""},
-      {"Transfer-Encoding: chunked", "Transfer-Encoding: chunked",
-       "4\r\nbody\r\n0\r\n\r\n"},
-      {"TRANSFER-ENCODING:Chunked", "Transfer-Encoding: chunked",
-       "4\r\nbody\r\n0\r\n\r\n"},
-      {"Transfer-Encoding:\tCHUNKED \t", "Transfer-Encoding: chunked",
-       "4\r\nbody\r\n0\r\n\r\n"},
-  };
-  Stage stage(answering(ok()));
-  for (const auto &c : cases) {
-    CAPTURE(c.sent);
-    CHECK(exchange(stage.port(), with(c.sent) + c.body).status == 200);
-    const auto &request = stage.last();
-    CHECK(request.body == c.body);
-    const auto begin = request.head.find("Host: test\r\n") + 12;
-    const auto line =
-        request.head.substr(begin, request.head.find("\r\n", begin) - begin);
-    CHECK(same_name(line, c.arrives));
-    CHECK(line.substr(line.find(':')) == c.arrives.substr(c.arrives.find(':')));
-  }
-}
-
-// Its head may have been handed on before; of what follows, the target gets no
-// more than a part.
-TEST_CASE("a malformed chunk ends its request") {
-  const auto head = with("Transfer-Encoding: chunked");
-  const std::string good = "4\r\ngood\r\n";
-  for (const auto &chunk : bad_chunks()) {
-    CAPTURE(shown(chunk));
-    for (const std::string way : {"in one piece", "behind its head",
-                                  "byte by byte", "behind a good one"}) {
-      CAPTURE(way);
-      Stage stage([](TargetConnection &c) {
-        c.read_head();
-        c.read_to_end();
-      });
-      RawClient client(stage.port());
-      if (way == "in one piece") {
-        client.send(head + chunk + smuggled);
-      } else {
-        client.send(head);
-        stage.target.request();
-        if (way == "behind a good one") {
-          client.send(good);
-          CHECK(wait_for([&] {
-            return stage.target.received().find("good") != std::string::npos;
-          }));
-        }
-        if (way == "byte by byte" && chunk.size() < 1000) {
-          send_bytewise(client, chunk + smuggled);
-        } else {
-          client.send(chunk + smuggled);
-        }
-      }
-      check_refused(client, 400);
-      CHECK(wait_for([&] { return stage.proxy.status().in_flight == 0; }));
-      const auto received = stage.target.received();
-      CHECK(received.find("0\r\n\r\n") == std::string::npos);
-      CHECK(received.find("smuggled") == std::string::npos);
-    }
-  }
-}
-
-TEST_CASE("a malformed chunk, when the answer has begun, cuts it") {
-  Stage stage([](TargetConnection &c) {
-    c.read_head();
-    c.send(
-        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\npart\r\n");
-    c.read_to_end();
-  });
-  for (const auto &chunk : bad_chunks()) {
-    CAPTURE(shown(chunk));
-    RawClient client(stage.port());
-    client.send(with("Transfer-Encoding: chunked"));
-    client.read_until("part\r\n");
-    client.send(chunk + smuggled);
-    CHECK(client.read_to_end() == "");
-  }
-  CHECK(stage.target.received().find("smuggled") == std::string::npos);
-}
-
-// ---- answers ---------------------------------------------------------------
-
-TEST_CASE("a malformed answer is a 502") {
+TEST_CASE("response head: a malformed one becomes 502") {
   const std::string k70(70000, 'x');
   std::vector<std::pair<std::string, std::string>> cases = {
       {"no HTTP", "Hello\r\n\r\n"},
@@ -542,7 +297,7 @@ TEST_CASE("a malformed answer is a 502") {
   CHECK(exchange(stage.port(), dictate(ok("good"))).body == "good");
 }
 
-TEST_CASE("a malformed answer does not cost the client its connection") {
+TEST_CASE("response head: a malformed one leaves the client connection open") {
   std::atomic<int> n{0};
   Stage stage(answering_with([&](const std::string &, const std::string &) {
     return n++ % 2 ? ok("good") : "HTTP/1.1 200 OK\r\nX : 1\r\n\r\n";
@@ -555,7 +310,7 @@ TEST_CASE("a malformed answer does not cost the client its connection") {
 }
 
 // There is no body to mistake, but a cache would keep the wrong length.
-TEST_CASE("malformed framing is refused even where there is no body") {
+TEST_CASE("response head: malformed framing is refused even without a body") {
   Stage stage(dictated());
   for (const std::string lines :
        {"Content-Length: x", "Content-Length: 5\r\nContent-Length: 6",
@@ -566,81 +321,6 @@ TEST_CASE("malformed framing is refused even where there is no body") {
                           std::string(method == "GET" ? "304 Same" : "200 OK") +
                           "\r\n" + lines + "\r\n\r\n";
       CHECK(exchange(stage.port(), dictate(answer, method)).status == 502);
-    }
-  }
-}
-
-TEST_CASE("an answer is told to the client in one way") {
-  const std::string start = "HTTP/1.1 200 OK\r\n";
-  const struct {
-    std::string name, sent, arrives;
-  } cases[] = {
-      {"bare LFs", "HTTP/1.1 200 OK\nA: 1\nContent-Length: 2\n\nok",
-       start + "A: 1\r\nContent-Length: 2\r\n\r\nok"},
-      {"one bare LF", start + "A: 1\nContent-Length: 2\r\n\r\nok",
-       start + "A: 1\r\nContent-Length: 2\r\n\r\nok"},
-      {"equal lengths",
-       start + "Content-Length: 2\r\nA: 1\r\ncontent-length: 2\r\n\r\nok",
-       start + "Content-Length: 2\r\nA: 1\r\n\r\nok"},
-      {"a length and chunks",
-       start + "Content-Length: 9\r\nA: 1\r\nTransfer-Encoding: "
-               "chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
-       start +
-           "A: 1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"},
-      {"chunks and a length",
-       start + "Transfer-Encoding: chunked\r\nContent-Length: "
-               "0\r\n\r\n2\r\nok\r\n0\r\n\r\n",
-       start + "Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"},
-      {"zeros and blanks", start + "Content-Length:\t002 \r\n\r\nok",
-       start + "Content-Length: 2\r\n\r\nok"},
-      {"Chunked", start + "Transfer-Encoding:CHUNKED\t\r\n\r\n0\r\n\r\n",
-       start + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"},
-  };
-  Stage stage(dictated());
-  RawClient client(stage.port());
-  for (const auto &c : cases) {
-    CAPTURE(c.name);
-    const auto response = client.exchange(dictate(c.sent));
-    CHECK(response.head + response.raw_body == c.arrives);
-    CHECK(response.complete);
-  }
-  CHECK(client.exchange(dictate(ok("good"))).body == "good");
-}
-
-// Cut, so that it can be neither taken for whole nor read on beyond.
-TEST_CASE("a malformed chunk in an answer cuts it") {
-  const std::string poison =
-      "HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison";
-  for (const auto &chunk : bad_chunks()) {
-    CAPTURE(shown(chunk));
-    for (const bool at_once : {true, false}) {
-      CAPTURE(at_once);
-      Gate seen;
-      Stage stage([&](TargetConnection &c) {
-        if (c.read_head().empty()) { return; }
-        const std::string head =
-            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
-        if (at_once) {
-          c.send(head + chunk + poison);
-        } else {
-          c.send(head + "4\r\ngood\r\n");
-          seen.wait();
-          c.send(chunk + poison);
-        }
-        c.read_to_end();
-      });
-      RawClient client(stage.port());
-      client.send("GET / HTTP/1.1\r\nHost: test\r\n\r\n");
-      std::string text;
-      if (!at_once) {
-        text = client.read_until("good\r\n");
-        seen.open();
-      }
-      text += client.read_to_end();
-      CHECK(text.find("poison") == std::string::npos);
-      if (text.find("HTTP/1.1 502 ") != 0) {
-        CHECK(text.find("0\r\n\r\n") == std::string::npos);
-      }
     }
   }
 }

@@ -1,5 +1,4 @@
-// Starts that come to nothing: what the client is told, and that the next good
-// one serves.
+// Failed starts: the error response, and the recovery.
 
 #include "figures.hpp"
 
@@ -74,7 +73,7 @@ std::vector<pid_t> started(const std::string &good) {
 } // namespace
 
 TEST_CASE(
-    "a start that comes to nothing is told, and the next good one serves") {
+    "start errors: the response says why, and the next good start serves") {
   TemporaryDirectory directory;
   const auto good = directory / "good";
   const Occupied taken(true);
@@ -155,7 +154,7 @@ TEST_CASE(
   }
 }
 
-TEST_CASE("a target that is killed before it is up") {
+TEST_CASE("start errors: the target is killed before it is ready") {
   RunningProxy proxy(fake_target({"--never-listen"}));
   RawClient client(proxy.port());
   client.send("GET / HTTP/1.1\r\nHost: test\r\n\r\n");
@@ -166,7 +165,7 @@ TEST_CASE("a target that is killed before it is up") {
   CHECK(has(response.body, "killed by signal 9"));
 }
 
-TEST_CASE("a target that cannot be executed") {
+TEST_CASE("start errors: the program cannot be executed") {
   TemporaryDirectory directory;
   const auto program = directory / "program";
   write_file(program, "\x7f"
@@ -196,7 +195,7 @@ TEST_CASE("a target that cannot be executed") {
   CHECK(children_of(getpid()).size() == 1); // the guard
 }
 
-TEST_CASE("a fixed port that is taken") {
+TEST_CASE("start errors: a fixed port is taken") {
   TemporaryDirectory directory;
   auto options = fake_target({"--count-file", directory / "starts"});
   SUBCASE("by one that does not listen: the target cannot") {
@@ -225,135 +224,4 @@ TEST_CASE("a fixed port that is taken") {
     taken.reset();
     recovers(proxy.port());
   }
-}
-
-TEST_CASE("a target that answers 503 for long is waited for") {
-  auto options = fake_target({"--ready-after", in_full ? "10000" : "1000"});
-  RunningProxy proxy(options);
-  const auto response = get(proxy.port(), "/pid");
-  CHECK(response.status == 200);
-  CHECK(response.count("Server-Timing") == 1);
-}
-
-TEST_CASE("a target that logs before it listens is not held up by that") {
-  const long megabytes = in_full ? 100 : 10;
-  ServeProcess proxy(serve_fake({"--log-mb", std::to_string(megabytes)}));
-  CHECK(get(proxy.port(), "/pid").status == 200);
-  struct stat log;
-  REQUIRE(stat(proc_file(proxy.pid(), "fd/2").c_str(), &log) == 0);
-  CHECK(log.st_size >= megabytes << 20);
-}
-
-TEST_CASE("a good start makes up for those that failed before it") {
-  TemporaryDirectory directory;
-  warmproxy::Options options;
-  options.binary = "/bin/sh";
-  options.args = {"-c",
-                  "echo >>\"$0\"; [ $(wc -l <\"$0\") -gt 4 ] || exit 3; "
-                  "exec \"$1\"",
-                  directory / "starts", built("fake")};
-  RunningProxy proxy(options);
-  CHECK(wait_for([&] { return get(proxy.port(), "/pid").status == 200; }));
-  CHECK(proxy.status().starts == 5);
-  // For longer than what dies as soon as it is up.
-  CHECK(wait_for([&] { return proxy.status().up_for > Milliseconds(300); }));
-  kill_one(proxy.status().pid);
-  CHECK(get(proxy.port(), "/pid").status == 200);
-}
-
-TEST_CASE("a crash loop costs no more than the pauses allow") {
-  TemporaryDirectory directory;
-  const auto starts = directory / "starts";
-  std::vector<std::string> args = {"--count-file", starts};
-  long free = 1; // starts that no pause stands before
-  SUBCASE("before it is up") { args.insert(args.end(), {"--exit-now", "1"}); }
-  SUBCASE("as soon as it is up") {
-    // The first one may have been chance.
-    args.insert(args.end(), {"--exit-after", "50", "1"});
-    free = 2;
-  }
-  const auto length = Milliseconds(in_full ? 30000 : 2000);
-  const auto began = Clock::now();
-  RunningProxy proxy(fake_target(args));
-  std::vector<std::thread> threads;
-  std::atomic<long> told{0}, odd{0};
-  for (int i = 0; i < 4; ++i) {
-    threads.emplace_back([&] {
-      RawClient client(proxy.port());
-      wait_for(
-          [&] {
-            const auto response = client.get("/pid");
-            const auto status = response.status;
-            ++(status == 502 || status == 503 || status == 200 ? told : odd);
-            return Clock::now() >= began + length;
-          },
-          patience + length);
-    });
-  }
-  for (auto &thread : threads) {
-    thread.join();
-  }
-  const auto took = Clock::now() - began;
-  const auto count = static_cast<long>(lines_of(read_file(starts)).size());
-  long allowed = free;
-  Milliseconds sum(0), pause(100);
-  while ((sum += pause) < took) {
-    ++allowed;
-    pause = std::min(pause * 2, Milliseconds(5000));
-  }
-  MESSAGE(count, " starts, ", allowed, " allowed; ", told.load(), " answers");
-  CHECK(count <= allowed);
-  CHECK(count >= 2);
-  CHECK(odd == 0);
-}
-
-TEST_CASE("start and stop, again and again, under traffic") {
-  auto environment = serve_fake({"--fork-worker"});
-  environment["WARMPROXY_IDLE_STOP"] = "20ms";
-  environment["WARMPROXY_STOP_TIMEOUT"] = "20ms";
-  Watched proxy(environment);
-  const long cycles = in_full ? 100 : 10;
-  const std::size_t clients = 8;
-  std::vector<std::unique_ptr<RawClient>> connections;
-  for (std::size_t i = 0; i < clients; ++i) {
-    connections.push_back(std::make_unique<RawClient>(proxy.port()));
-  }
-  std::uint64_t answered = 0;
-  std::string failure;
-  Figures before{};
-  long first = 0;
-  // The pause between two volleys is drawn out a little further each time, so
-  // that they come at every moment of a stop.
-  for (int volley = 0;; ++volley) {
-    for (auto &client : connections) {
-      client->send("GET /pid HTTP/1.1\r\nHost: test\r\n\r\n");
-    }
-    for (auto &client : connections) {
-      const auto response = client->read_response();
-      if (response.status == 200 && response.complete) {
-        ++answered;
-      } else {
-        failure = response.head + response.body;
-      }
-    }
-    const auto starts = proxy.number("starts");
-    if (first == 0 && starts >= 3) { // it has found its size
-      first = starts;
-      REQUIRE(proxy.reaches("cold"));
-      before = proxy.figures();
-    }
-    if (first > 0 && starts >= first + cycles) { break; }
-    if (failure != "") { break; }
-    const auto next = Clock::now() + Milliseconds(15 + volley % 30);
-    wait_for([&] { return Clock::now() >= next; });
-  }
-  CHECK(failure == "");
-  CHECK(proxy.reaches("cold"));
-  CHECK(proxy.comes_back_to(before));
-  const auto after = proxy.figures();
-  MESSAGE(answered, " requests answered over ", proxy.number("starts"),
-          " starts; resident before ", before.rss, " kB, after ", after.rss,
-          " kB; ", after.fds, " descriptors, ", after.threads, " threads");
-  if (!sanitized) { CHECK(after.rss < before.rss + 512); }
-  CHECK(children_of(proxy.pid()).size() == 1); // the guard
 }

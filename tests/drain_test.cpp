@@ -1,0 +1,185 @@
+// Stopping on request: requests in progress may finish, and no process stays
+// behind.
+
+#include "in_progress.hpp"
+
+using namespace support;
+
+TEST_CASE("drain: what is in progress may finish") {
+  TemporaryDirectory directory;
+  for (const auto &activity : activities(directory)) {
+    CAPTURE(activity.name);
+    for (const int signal : {SIGTERM, SIGINT}) {
+      unlink((directory / "gate").c_str());
+      Marked proxy(activity.args);
+      RawClient idle(proxy.port());
+      if (activity.name != "a start") { CHECK(idle.get("/pid").status == 200); }
+      RawClient client(proxy.port());
+      begin(activity, proxy, client);
+      proxy.signal(signal);
+      CHECK(proxy.printed("stopping"));
+      // Nobody new gets in, and who has nothing to wait for is let go.
+      CHECK(wait_for([&] { return !listening(proxy.port()); }));
+      CHECK(idle.at_end());
+      CHECK(proxy.running());
+      activity.on(client);
+      CHECK(client.read_to_end() == "");
+      client.close(); // it is waited for, to have read all
+      CHECK(proxy.wait() == 0);
+      CHECK(proxy.nothing_left());
+      CHECK(proxy.err().find("cutting") == std::string::npos);
+    }
+  }
+}
+
+TEST_CASE("drain: an aborted close-delimited response ends with a reset") {
+  Marked proxy({}, {{"WARMPROXY_STOP_TIMEOUT", "200ms"}});
+  RawClient client(proxy.port());
+  client.send("GET /close?n=50000000 HTTP/1.1\r\nHost: test\r\n\r\n");
+  CHECK(client.read_response_head().status == 200);
+  proxy.signal(SIGTERM);
+  CHECK(proxy.wait() == 0);
+  CHECK(client.read_to_end().size() < 50000000);
+  CHECK(client.was_reset());
+}
+
+TEST_CASE("drain: requests that were not accepted yet are served") {
+  constexpr int many = 600; // more than are accepted in one go
+  Marked proxy({});
+  CHECK(get(proxy.port(), "/pid").status == 200);
+  proxy.signal(SIGSTOP);
+  std::list<RawClient> early;
+  for (int i = 0; i < many; ++i) {
+    early.emplace_back(proxy.port());
+    if (i % 2 == 0) {
+      early.back().send("GET /pid HTTP/1.1\r\nHost: test\r\n\r\n");
+    }
+  }
+  proxy.signal(SIGTERM);
+  proxy.signal(SIGCONT);
+  for (int i = 0; i < many; ++i, early.pop_front()) {
+    if (i % 2 == 0) { CHECK(early.front().read_response().status == 200); }
+    CHECK(early.front().at_end());
+  }
+  CHECK(proxy.wait() == 0);
+  CHECK(proxy.nothing_left());
+}
+
+TEST_CASE("drain: stop_timeout ends everything") {
+  TemporaryDirectory directory;
+  auto all = activities(directory);
+  all.push_back({"nothing", {}, "", "", nullptr});
+  for (const auto &activity : all) {
+    CAPTURE(activity.name);
+    unlink((directory / "gate").c_str());
+    auto args = activity.args;
+    if (activity.name == "a start") { args = {"--never-listen"}; }
+    args.insert(args.end(), {"--fork-worker", "--ignore-term"});
+    Marked proxy(args, {{"WARMPROXY_STOP_TIMEOUT", "200ms"},
+                        {"WARMPROXY_PREWARM", "1"}});
+    // We, the guard, the target, its worker.
+    CHECK(wait_for([&] { return proxy.processes().size() == 4; }));
+    RawClient client(proxy.port());
+    if (activity.on) {
+      auto forever = activity;
+      if (activity.name == "a request") {
+        forever.request = "GET /slow?ms=600000 HTTP/1.1\r\nHost: test\r\n\r\n";
+      }
+      if (activity.name == "a download") {
+        forever.request =
+            "GET /bytes?n=99999999999 HTTP/1.1\r\nHost: test\r\n\r\n";
+      }
+      begin(forever, proxy, client);
+    }
+    proxy.signal(SIGTERM);
+    CHECK(proxy.wait() == 0);
+    CHECK(proxy.nothing_left());
+    // Not as if it had all been said.
+    const auto rest = client.read_to_end();
+    CHECK(rest.find("0\r\n\r\n") == std::string::npos);
+    CHECK(rest.find("200 OK") == std::string::npos);
+  }
+}
+
+TEST_CASE("drain: a second signal ends warmproxy and the target at once") {
+  TemporaryDirectory directory;
+  for (const auto &activity : activities(directory)) {
+    CAPTURE(activity.name);
+    unlink((directory / "gate").c_str());
+    auto args = activity.args;
+    args.insert(args.end(), {"--fork-worker", "--ignore-term"});
+    if (activity.name == "a start") { args.push_back("--never-listen"); }
+    Marked proxy(args, {{"WARMPROXY_STOP_TIMEOUT", "10m"}});
+    RawClient client(proxy.port());
+    begin(activity, proxy, client);
+    proxy.signal(SIGTERM);
+    CHECK(proxy.printed("stopping"));
+    // It says so before it is ready for the second one.
+    CHECK(wait_for([&] {
+      proxy.signal(SIGINT);
+      return !proxy.running();
+    }));
+    CHECK(proxy.wait() == 128 + SIGINT);
+    CHECK(proxy.nothing_left());
+  }
+}
+
+TEST_CASE("drain: stop() leaves no process behind") {
+  pid_t pid = 0;
+  const auto started = [&](RunningProxy &proxy) {
+    pid = static_cast<pid_t>(std::stol(get(proxy.port(), "/pid").body));
+    CHECK(!children_in_group(pid).empty());
+  };
+  SUBCASE("of a target that obeys") {
+    RunningProxy proxy(fake_target());
+    started(proxy);
+    CHECK(proxy.stop());
+  }
+  SUBCASE("of one that takes its time") {
+    RunningProxy proxy(fake_target({"--term-delay", "200"}));
+    started(proxy);
+    CHECK(proxy.stop());
+  }
+  SUBCASE("of one that leaves a worker behind") {
+    auto options = fake_target({"--fork-worker"});
+    options.stop_timeout = Milliseconds(100);
+    RunningProxy proxy(options);
+    started(proxy);
+    proxy.stop();
+  }
+  SUBCASE("of one that does not listen to SIGTERM") {
+    auto options = fake_target({"--ignore-term"});
+    options.stop_timeout = Milliseconds(100);
+    RunningProxy proxy(options);
+    started(proxy);
+    proxy.stop();
+  }
+  SUBCASE("of one that has not come up yet") {
+    TemporaryDirectory directory;
+    auto options =
+        fake_target({"--never-listen", "--count-file", directory / "starts"});
+    options.prewarm = true;
+    RunningProxy proxy(options);
+    REQUIRE(wait_for([&] { return read_file(directory / "starts") != ""; }));
+    pid = static_cast<pid_t>(std::stol(read_file(directory / "starts")));
+    proxy.stop();
+  }
+  SUBCASE("of none") {
+    RunningProxy proxy(fake_target());
+    CHECK(proxy.stop());
+    return;
+  }
+  CHECK(children_in_group(pid).empty());
+}
+
+TEST_CASE("drain: signals that the parent ignores stay ignored") {
+  // As `nohup` does, and a shell with what it starts in the background.
+  Within proxy("trap '' HUP INT; exec \"$@\"", serve_fake());
+  CHECK(get(proxy.port()).status == 200);
+  proxy.signal(SIGHUP);
+  proxy.signal(SIGINT);
+  CHECK(get(proxy.port()).status == 200);
+  CHECK(proxy.err().find("stopping") == std::string::npos);
+  proxy.signal(SIGTERM);
+  CHECK(proxy.wait() == 0);
+}

@@ -1,0 +1,246 @@
+// Limits on heads, connections, descriptors and processes.
+
+#include "load.hpp"
+#include "malformed.hpp"
+#include "restricted.hpp"
+
+using namespace support;
+
+TEST_CASE("limits: a request head over 64 KB is refused") {
+  Stage stage(answering(ok()));
+  const std::string start = "GET / HTTP/1.1\r\nHost: test\r\n";
+  const auto padded = [&](std::size_t size) {
+    const auto length = size - start.size() - std::strlen("X: \r\n\r\n");
+    return start + "X: " + std::string(length, 'x') + "\r\n\r\n";
+  };
+  CHECK(exchange(stage.port(), padded(64 * 1024)).status == 200);
+  const auto before = stage.target.received().size();
+  for (const auto &head :
+       {padded(64 * 1024 + 1), padded(200000),
+        "GET /" + std::string(70000, 'x') + " HTTP/1.1\r\nHost: test\r\n\r\n",
+        std::string(70000, 'x')}) {
+    RawClient client(stage.port());
+    client.send(head);
+    check_refused(client, 431);
+  }
+  CHECK(stage.target.received().size() == before);
+}
+
+TEST_CASE("limits: too many header lines or connection options are refused") {
+  Stage stage(answering(ok()));
+  const std::string start = "GET / HTTP/1.1\r\nHost: test\r\n";
+  const auto times = [](int n, const std::string &text) {
+    std::string all;
+    while (n-- > 0) {
+      all += text;
+    }
+    return all;
+  };
+  for (const auto &[sent, status] :
+       {std::pair<std::string, int>{start + times(999, "X: 1\r\n"), 200},
+        {start + times(1000, "X: 1\r\n"), 431},
+        {start + times(20000, "X:\r\n"), 431},
+        {start + "Connection: " + times(99, "x,") + "x\r\n", 200},
+        {start + "Connection: " + times(100, "x,") + "x\r\n", 431}}) {
+    const auto before = stage.target.received().size();
+    RawClient client(stage.port());
+    client.send(sent + "\r\n");
+    if (status == 200) {
+      CHECK(client.read_response().status == 200);
+    } else {
+      check_refused(client, 431);
+      CHECK(stage.target.received().size() == before);
+    }
+  }
+}
+
+TEST_CASE("limits: more connections than max_connections") {
+  Watched proxy(served("16"));
+  const auto before = at_rest(proxy, 10);
+  // The watcher is one of the 16.
+  std::list<RawClient> inside;
+  for (int i = 0; i < 15; ++i) {
+    inside.emplace_back(proxy.port());
+    CHECK(inside.back().get("/pid").status == 200);
+  }
+  const int count = in_full ? 2000 : 200;
+  SUBCASE("that ask for something are told to come back") {
+    for (int i = 0; i < count; ++i) {
+      const auto response = get(proxy.port(), "/pid");
+      CHECK(response.status == 503);
+      CHECK(response.header("Retry-After") != "");
+      CHECK(response.header("Connection") == "close");
+    }
+    std::vector<std::thread> threads;
+    std::atomic<int> told{0}, good{0};
+    for (int i = 0; i < 50; ++i) { // and all at once
+      threads.emplace_back([&] {
+        const auto status = get(proxy.port(), "/pid").status;
+        ++(status == 503 ? told : good);
+      });
+    }
+    for (auto &thread : threads) {
+      thread.join();
+    }
+    CHECK(told == 50);
+    CHECK(good == 0);
+  }
+  SUBCASE("that say nothing keep no one else from being told so") {
+    std::list<RawClient> silent;
+    for (int i = 0; i < 24; ++i) {
+      silent.emplace_back(proxy.port());
+    }
+    CHECK(get(proxy.port(), "/pid", "", Milliseconds(60000)).status == 503);
+  }
+  SUBCASE("that leave again, leave nothing") {
+    for (int i = 0; i < count; ++i) {
+      RawClient client(proxy.port());
+      if (i % 3 == 1) { client.send("GET /p"); }
+      if (i % 3 == 2) { client.send(get_pid); }
+      i % 2 ? client.reset() : client.close();
+    }
+  }
+  CHECK(proxy.figures().threads == before.threads);
+  for (auto &client : inside) { // nobody was put out
+    CHECK(client.get("/pid").status == 200);
+  }
+  inside.clear();
+  CHECK(wait_for([&] { return get(proxy.port(), "/pid").status == 200; }));
+  CHECK(proxy.alone());
+  CHECK(proxy.reaches("cold"));
+  CHECK(proxy.comes_back_to(before));
+}
+
+TEST_CASE("limits: 256 descriptors") {
+  auto environment = serve_fake();
+  environment["WARMPROXY_IDLE_STOP"] = "100ms";
+  Within proxy("ulimit -n 256; exec \"$@\"", environment);
+  CHECK(hard_limit(proxy.pid(), RLIMIT_NOFILE) == 256);
+  // More than there is room for, each with a request under way.
+  const std::string wait = "GET /slow?ms=500 HTTP/1.1\r\nHost: test\r\n\r\n";
+  CHECK(get(proxy.port(), "/pid").status == 200);
+  const auto calm = open_fds(proxy.pid());
+  std::size_t good = 0, told = 0;
+  std::list<RawClient> clients;
+  for (int i = 0; i < 300; ++i) {
+    clients.emplace_back(proxy.port());
+    clients.back().send(wait);
+  }
+  for (auto &client : clients) {
+    const auto response = client.read_response();
+    CHECK(response.complete);
+    if (response.status == 200) { ++good; }
+    if (response.status == 503) {
+      ++told;
+      CHECK(response.header("Retry-After") != "");
+    }
+    client.close(); // who is answered makes room
+  }
+  MESSAGE(good, " answered, ", told, " told to come back");
+  CHECK(good + told == 300);
+  CHECK(good >= 80);
+  CHECK(told >= 1);
+  CHECK(wait_for([&] { return open_fds(proxy.pid()) <= calm; }));
+  serves(proxy);
+}
+
+TEST_CASE("limits: idle upstream connections make room for new ones") {
+  Within proxy("ulimit -n 256; exec \"$@\"", serve_fake());
+  std::list<RawClient> clients;
+  const std::string get = "GET /pid HTTP/1.1\r\nHost: test\r\n\r\n";
+  const std::string post = "POST /slow?ms=300 HTTP/1.1\r\nHost: test\r\n"
+                           "Content-Length: 0\r\n\r\n";
+  const auto all = [&](const std::string &request) {
+    for (auto &client : clients) {
+      client.send(request);
+    }
+    int good = 0;
+    for (auto &client : clients) {
+      good += client.read_response().status == 200;
+    }
+    return good;
+  };
+  for (int i = 0; i < 100; ++i) {
+    clients.emplace_back(proxy.port());
+  }
+  CHECK(all(get) == 100);
+  // So long that a POST must not ride on what was kept.
+  for (int i = 0; i < 3; ++i) {
+    CHECK(rests(proxy.pid()));
+  }
+  CHECK(all(post) == 100);
+}
+
+TEST_CASE("limits: no descriptor is left for a client connection") {
+  ServeProcess proxy(serve_fake());
+  RawClient inside(proxy.port());
+  CHECK(inside.get("/pid").status == 200);
+  const auto most = std::to_string(hard_limit(proxy.pid(), RLIMIT_NOFILE));
+  limit(proxy.pid(), "nofile=" + next_fd(proxy.pid()));
+  RawClient outside(proxy.port());
+  outside.send("GET /pid HTTP/1.1\r\nHost: test\r\n\r\n");
+  CHECK(rests(proxy.pid()));
+  CHECK(!outside.readable());
+  // Who is there already is served.
+  CHECK(inside.get("/pid").status == 200);
+  SUBCASE("then there is, since the limit is raised") {
+    limit(proxy.pid(), "nofile=" + most);
+  }
+  SUBCASE("then there is, since somebody has gone") {
+    if (sanitized) { return; } // UBSan needs one, to look whether it may look
+    inside.close();
+  }
+  CHECK(outside.read_response().status == 200);
+}
+
+TEST_CASE("limits: no descriptor is left for an upstream connection") {
+#ifndef __linux__
+  return; // poll(2) takes no more descriptors than may be open
+#endif
+  Watched proxy(serve_fake());
+  RawClient client(proxy.port());
+  CHECK(client.get("/pid").status == 200);
+  // Every kept connection is in use, whichever of our threads has it.
+  std::list<RawClient> slow;
+  for (int i = 0; i < 8; ++i) {
+    slow.emplace_back(proxy.port());
+    slow.back().send("GET /slow?ms=600000 HTTP/1.1\r\nHost: test\r\n\r\n");
+  }
+  CHECK(wait_for([&] { return proxy.number("in_flight") == 8; }));
+  const auto most = std::to_string(hard_limit(proxy.pid(), RLIMIT_NOFILE));
+  limit(proxy.pid(), "nofile=3");
+  const auto response = client.get("/pid");
+  CHECK(response.status == 503);
+  CHECK(response.body == "warmproxy: no connection to the target: "
+                         "Too many open files\n");
+  CHECK(response.header("Retry-After") != "");
+  CHECK(rests(proxy.pid()));
+  limit(proxy.pid(), "nofile=" + most);
+  CHECK(client.get("/pid").status == 200);
+  CHECK(proxy.number("starts") == 1);
+}
+
+TEST_CASE("limits: no process is left for the target") {
+  const auto as = getuid() == 0 ? someone : std::string();
+  if (!can(as + "true")) { return; }
+  ForAnyUser files;
+  Within proxy("exec " + as + "\"$@\"", files.served(), files / "warmproxy");
+  RawClient inside(proxy.port());
+  CHECK(inside.get("/-/status").status == 200);
+  // Root may do anything; everybody else has at least this process.
+  limit(proxy.pid(), "nproc=1", as);
+
+  const auto response = inside.get("/pid");
+  CHECK(response.status == 502);
+  CHECK(response.body.find("cannot be started: Resource temporarily") !=
+        std::string::npos);
+
+  RawClient outside(proxy.port());
+  outside.send("GET /pid HTTP/1.1\r\nHost: test\r\n\r\n");
+  CHECK(outside.read_response().status == 503);
+  CHECK(rests(proxy.pid()));
+
+  limit(proxy.pid(), "nproc=10000", as);
+  CHECK(wait_for([&] { return inside.get("/pid").status == 200; }));
+  serves(proxy);
+}

@@ -1,0 +1,121 @@
+// Which requests are sent again, and how often.
+
+#include "handlers.hpp"
+
+#include <doctest/doctest.h>
+
+using namespace support;
+using namespace std::string_literals;
+
+TEST_CASE("retry: safe requests survive a stale idle connection") {
+  // Each connection answers once, and ends when it is used again: the close
+  // crosses the request, which has arrived.
+  for (const bool reset : {false, true}) {
+    CAPTURE(reset);
+    Stage stage([=](TargetConnection &c) {
+      if (c.read_head().empty()) { return; }
+      c.send(ok());
+      if (c.read_head().empty()) { return; }
+      reset ? c.reset() : c.close();
+    });
+    RawClient client(stage.port());
+    for (const std::string method : {"GET", "HEAD", "OPTIONS"}) {
+      for (int i = 0; i < 3; ++i) {
+        CHECK(client.exchange(method + " / HTTP/1.1\r\nHost: test\r\n\r\n")
+                  .status == 200);
+      }
+    }
+  }
+}
+
+TEST_CASE("retry: an unsafe request is never sent twice") {
+  Stage stage([](TargetConnection &c) {
+    if (c.read_head().empty()) { return; }
+    c.send(ok());
+    c.read_head();
+    c.close();
+  });
+  for (const auto &request :
+       {post_head + "body", "DELETE /p HTTP/1.1\r\nHost: test\r\n\r\n"s,
+        "PUT /p HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n"s,
+        "GET /p HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\nbody"s}) {
+    CAPTURE(request);
+    // The target answers on a new connection and fails on a used one.
+    const auto before = stage.target.requests().size();
+    CHECK(get(stage.port()).status == 200);
+    const auto response = exchange(stage.port(), request);
+    CHECK((response.status == 502 || response.status == 200));
+    std::size_t arrived = 0;
+    const auto requests = stage.target.requests();
+    const auto line = request.substr(0, request.find(' ') + 1);
+    for (auto i = before; i < requests.size(); ++i) {
+      if (requests[i].head.find(line) == 0 &&
+          requests[i].head.find(plain.substr(0, 6)) != 0) {
+        ++arrived;
+      }
+    }
+    CHECK(arrived <= 1);
+  }
+}
+
+TEST_CASE(
+    "retry: an unsafe request avoids connections idle for over a second") {
+  Stage stage(telling());
+  CHECK(get(stage.port()).status == 200);
+  const auto kept = Clock::now();
+  wait_for([&] { return Clock::now() > kept + Milliseconds(1100); });
+  CHECK(RawClient(stage.port()).post("/", "x").status == 200);
+  CHECK(connections_used(stage) == 2);
+}
+
+TEST_CASE("retry: a connection that ends without a response") {
+  for (const auto &end : {sending_and_closing(""), sending_and_resetting("")}) {
+    { // is asked again what can be asked again
+      Stage stage(playing({end, sending(ok("again"))}));
+      CHECK(get(stage.port()).body == "again");
+      const auto requests = stage.target.requests();
+      REQUIRE(requests.size() == 2);
+      CHECK(requests[0].head == requests[1].head);
+    }
+    { // and nothing else
+      Stage stage(playing({end, sending(ok("next"))}));
+      RawClient client(stage.port());
+      const auto response = client.exchange(post_head + "body");
+      CHECK(response.status == 502);
+      CHECK(response.body.find("warmproxy: ") == 0);
+      CHECK(stage.target.requests().size() == 1);
+      CHECK(get(stage.port()).body == "next");
+    }
+    { // and not for ever
+      Stage stage(playing({end}));
+      CHECK(get(stage.port()).status == 502);
+    }
+  }
+}
+
+TEST_CASE("retry: a connection that ends within the response head") {
+  for (const std::string head :
+       {"H", "HTTP/1.1 200", "HTTP/1.1 200 OK\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r"}) {
+    CAPTURE(head);
+    for (const auto &end :
+         {sending_and_closing(head), sending_and_resetting(head)}) {
+      Stage stage(playing({end, sending(ok())}));
+      RawClient client(stage.port());
+      const auto response = client.exchange(post_head + "body");
+      CHECK(response.status == 502);
+      CHECK(response.complete);
+      CHECK(stage.target.requests().size() == 1);
+    }
+  }
+}
+
+TEST_CASE("retry: a connection that ends after an interim response") {
+  Stage stage(
+      playing({sending_and_closing("HTTP/1.1 103 Early Hints\r\n\r\n")}));
+  RawClient client(stage.port());
+  client.send(plain);
+  CHECK(client.read_response().status == 103);
+  CHECK(client.read_response().status == 502);
+}
