@@ -1,5 +1,5 @@
-// A body of any length that nobody has to keep: byte i is a function of i, so
-// what makes it and what checks it need no more than an offset.
+// A sequence of bytes of any length that need not be stored: byte i is a
+// function of i, so the sender and the checker need only an offset.
 
 #ifndef WARMPROXY_TESTS_BYTES_HPP
 #define WARMPROXY_TESTS_BYTES_HPP
@@ -10,7 +10,7 @@
 
 namespace bytes {
 
-// Eight bytes at a time: gigabytes of it must not be what a test waits for.
+// Eight bytes at a time, so that generating gigabytes takes little time.
 inline std::uint64_t word(std::uint64_t index) {
   auto w = (index + 1) * 0x9E3779B97F4A7C15u;
   return w ^ (w >> 29);
@@ -35,7 +35,7 @@ inline void fill(char *out, std::size_t n, std::uint64_t offset) {
   }
 }
 
-// Whether these n bytes are the ones from `offset` on.
+// Whether these n bytes are those of the sequence from `offset` on.
 inline bool match(const char *data, std::size_t n, std::uint64_t offset) {
   char expected[4096];
   while (n > 0) {

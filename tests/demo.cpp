@@ -1,7 +1,6 @@
-// A small web application that takes its time to boot, to see warmproxy at
-// work: a page with a script and a style sheet, a form, an event stream and a
-// WebSocket. It stands for the real program that you would put there, and
-// knows nothing of warmproxy.
+// A small web application that takes two seconds to boot, to try warmproxy
+// with: a page with a script and a style sheet, a form, an event stream and a
+// WebSocket. It stands for a real program and does not depend on warmproxy.
 
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -71,7 +70,7 @@ const char *const page = R"(<!doctype html>
   <section>
     <h2>Event stream</h2>
     <p class="big" id="up">…</p>
-    <p>One event a second, passed on the moment it is sent.</p>
+    <p>One event per second, forwarded at once.</p>
     <div id="beats" aria-hidden="true"></div>
   </section>
   <section>
@@ -88,7 +87,7 @@ const char *const page = R"(<!doctype html>
       <input name="name" aria-label="Name" placeholder="Your name" required>
       <button>Post</button>
     </form>
-    <p>An ordinary POST, answered with a page.</p>
+    <p>An ordinary POST and the page that it returns.</p>
   </section>
 </main>
 <footer>Requests so far: {requests} · process {pid}</footer>
@@ -168,7 +167,7 @@ footer { color: var(--soft); font-size: .85rem; }
 const char *const script = R"('use strict';
 const $ = id => document.getElementById(id);
 
-// How this page came: Server-Timing tells of a cold start.
+// Server-Timing says whether this page waited for a start.
 const visit = performance.getEntriesByType('navigation')[0];
 const cold = (visit.serverTiming || []).find(t => t.name === 'warmproxy');
 const took = Math.round(visit.responseStart - visit.requestStart);
@@ -178,7 +177,7 @@ $('again').onclick = async () => {
   const start = performance.now();
   await (await fetch('app.js?' + start, {cache: 'no-store'})).text();
   $('visit').textContent = `${(performance.now() - start).toFixed(1)} ms`;
-  $('visit-more').textContent = 'One more request, sent and answered.';
+  $('visit-more').textContent = 'One more request.';
 };
 
 new EventSource('events').onmessage = event => {
@@ -242,7 +241,7 @@ std::string form_field(const std::string &form, const std::string &name) {
   return value;
 }
 
-// ---- what a WebSocket's handshake needs ------------------------------------
+// ---- SHA-1 and base64 for the WebSocket handshake ---------------------------
 
 std::array<std::uint8_t, 20> sha1(std::string text) {
   const auto rotate = [](std::uint32_t x, int n) {
@@ -325,7 +324,7 @@ bool is_utf8(const std::string &text) {
     for (std::size_t n = 1; n < length; ++n) {
       if ((byte(n) & 0xC0) != 0x80) { return false; }
     }
-    // Overlong forms, surrogates, and what is beyond U+10FFFF.
+    // Overlong forms, surrogates, and code points beyond U+10FFFF.
     if ((first == 0xE0 && byte(1) < 0xA0) ||
         (first == 0xED && byte(1) > 0x9F) ||
         (first == 0xF0 && byte(1) < 0x90) ||
@@ -339,7 +338,7 @@ bool is_utf8(const std::string &text) {
 
 // ---- a connection ----------------------------------------------------------
 
-struct Gone {}; // the other side has left
+struct Disconnected {}; // the peer has closed the connection
 
 class Connection {
 public:
@@ -351,7 +350,7 @@ public:
       read_head();
       ++requests;
       std::printf("demo: %s %s\n", method_.c_str(), target_.c_str());
-      answer();
+      respond();
     } while (keep_);
   }
 
@@ -362,7 +361,7 @@ private:
     if (n > 0) {
       input_.append(block, static_cast<std::size_t>(n));
     } else if (n == 0 || errno != EINTR) {
-      throw Gone();
+      throw Disconnected();
     }
   }
 
@@ -381,7 +380,7 @@ private:
       if (n > 0) {
         data.remove_prefix(static_cast<std::size_t>(n));
       } else if (errno != EINTR) {
-        throw Gone();
+        throw Disconnected();
       }
     }
   }
@@ -389,13 +388,13 @@ private:
   void read_head() {
     std::size_t end;
     while ((end = input_.find("\r\n\r\n")) == std::string::npos) {
-      if (input_.size() > max_head) { throw Gone(); }
+      if (input_.size() > max_head) { throw Disconnected(); }
       fill();
     }
     head_ = take(end + 4);
     const auto first = head_.find(' ');
     const auto second = head_.find(' ', first + 1);
-    if (second == std::string::npos) { throw Gone(); }
+    if (second == std::string::npos) { throw Disconnected(); }
     method_ = head_.substr(0, first);
     target_ = head_.substr(first + 1, second - first - 1);
     keep_ = strcasecmp(header("Connection").c_str(), "close") != 0 &&
@@ -415,46 +414,47 @@ private:
     return {};
   }
 
-  void answer(const std::string &status, const std::string &type,
-              const std::string &body, const std::string &lines = "") {
+  void respond(const std::string &status, const std::string &type,
+               const std::string &body, const std::string &lines = "") {
     send("HTTP/1.1 " + status + "\r\nContent-Type: " + type +
          "; charset=utf-8\r\nContent-Length: " + std::to_string(body.size()) +
          "\r\n" + lines + (keep_ ? "" : "Connection: close\r\n") + "\r\n" +
          (method_ == "HEAD" ? "" : body));
   }
 
-  void answer() {
+  void respond() {
     const auto size =
         std::strtoull(header("Content-Length").c_str(), nullptr, 10);
     if (size > max_form || !header("Transfer-Encoding").empty()) {
       keep_ = false;
-      return answer("413 Content Too Large", "text/plain", "Too large.\n");
+      return respond("413 Content Too Large", "text/plain", "Too large.\n");
     }
     const auto body = take(static_cast<std::size_t>(size));
     const auto path = target_.substr(0, target_.find('?'));
     const bool posted = path == "/hello";
     if (posted ? method_ != "POST" : method_ != "GET" && method_ != "HEAD") {
-      answer("405 Method Not Allowed", "text/plain", "Not so.\n",
-             posted ? "Allow: POST\r\n" : "Allow: GET, HEAD\r\n");
+      respond("405 Method Not Allowed", "text/plain", "Method not allowed.\n",
+              posted ? "Allow: POST\r\n" : "Allow: GET, HEAD\r\n");
     } else if (path == "/") {
       auto html = replaced(page, "{boot}", seconds(booted_in));
       html = replaced(html, "{requests}", std::to_string(requests));
-      answer("200 OK", "text/html",
-             replaced(html, "{pid}", std::to_string(getpid())),
-             "Cache-Control: no-cache\r\n");
+      respond("200 OK", "text/html",
+              replaced(html, "{pid}", std::to_string(getpid())),
+              "Cache-Control: no-cache\r\n");
     } else if (path == "/style.css") {
-      answer("200 OK", "text/css", style);
+      respond("200 OK", "text/css", style);
     } else if (path == "/app.js") {
-      answer("200 OK", "text/javascript", script);
+      respond("200 OK", "text/javascript", script);
     } else if (posted) {
-      answer("200 OK", "text/html",
-             replaced(hello, "{name}", html_escaped(form_field(body, "name"))));
+      respond(
+          "200 OK", "text/html",
+          replaced(hello, "{name}", html_escaped(form_field(body, "name"))));
     } else if (path == "/events") {
       stream_events();
     } else if (path == "/echo") {
       open_websocket();
     } else {
-      answer("404 Not Found", "text/plain", "There is nothing here.\n");
+      respond("404 Not Found", "text/plain", "Not found.\n");
     }
   }
 
@@ -483,16 +483,16 @@ private:
     if (key.empty() ||
         strcasecmp(header("Upgrade").c_str(), "websocket") != 0 ||
         header("Sec-WebSocket-Version") != "13") {
-      return answer("426 Upgrade Required", "text/plain",
-                    "A WebSocket is what there is here.\n",
-                    "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n");
+      return respond("426 Upgrade Required", "text/plain",
+                     "This is a WebSocket endpoint.\n",
+                     "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n");
     }
     send("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
          "Connection: Upgrade\r\nSec-WebSocket-Accept: " +
          base64(sha1(key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11")) +
          "\r\n\r\n");
     std::string message;
-    int kind = 0; // of the message that is being put together
+    int kind = 0; // of the message being assembled
     while (one_frame(message, kind)) {}
     shutdown(fd_, SHUT_WR);
   }
@@ -599,7 +599,7 @@ private:
 int main() {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   signal(SIGTERM, [](int) {
-    const char line[] = "demo: told to stop, so it stops\n";
+    const char line[] = "demo: stopping on SIGTERM\n";
     if (write(1, line, sizeof(line) - 1) < 0) { _exit(1); }
     _exit(0);
   });
@@ -636,7 +636,7 @@ int main() {
     std::thread([fd] {
       try {
         Connection(fd).serve();
-      } catch (const Gone &) {}
+      } catch (const Disconnected &) {}
     }).detach();
   }
 }

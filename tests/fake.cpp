@@ -1,5 +1,5 @@
-// A target that behaves as badly as it is told. The arguments say how it
-// starts and ends, the path says how it answers; both are listed in --help.
+// A target for the tests. Its arguments say how it starts and ends, the request
+// path says how it responds; --help lists both.
 
 #include "bytes.hpp"
 
@@ -31,39 +31,39 @@ extern char **environ;
 namespace {
 
 const char *const help = R"(fake [option]...
-  --host ADDRESS       where it listens (127.0.0.1)
-  --port N             default: $PORT
-  --listen-after MS    how long it takes until it listens
-  --ready-after MS     503 until so long after it began to listen
-  --exit-now CODE      ends at once
-  --exit-after MS CODE ends after so long
-  --never-listen       sits there
-  --never-answer       listens and reads
+  --host ADDRESS       the address to listen on (127.0.0.1)
+  --port N             the port to listen on ($PORT)
+  --listen-after MS    listens after this time
+  --ready-after MS     responds 503 for this time after it began to listen
+  --exit-now CODE      exits at once
+  --exit-after MS CODE exits after this time
+  --never-listen       does nothing
+  --never-answer       listens, accepts and reads, but does not respond
   --log-mb N           prints N MB to stderr before it listens
-  --daemonize          forks; the child serves, the parent ends
-  --fork-worker        forks a child that ignores SIGTERM and sits there
-  --ignore-term        SIGTERM does nothing
-  --term-delay MS      ends, with status 0, so long after SIGTERM
-  --backlog N          of listen(2)
-  --count-file PATH    gets its pid in a line at each start
-  --posts-file PATH    gets a line for each POST body: the text, or its length
+  --daemonize          forks; the child serves, the parent exits
+  --fork-worker        forks a child that ignores SIGTERM and does nothing
+  --ignore-term        ignores SIGTERM
+  --term-delay MS      exits with status 0 this time after SIGTERM
+  --backlog N          the backlog of listen(2)
+  --count-file PATH    appends a line with its pid at each start
+  --posts-file PATH    appends a line for each POST body: the text, or its length
   --args-follow ...    the rest is only for /args
 paths
   /                    a small page
   /pid /cwd /args /env of this process
-  /connections         how many there have been
+  /connections         the number of connections accepted so far
   /fds /signals        open descriptors, blocked and ignored signals at start
   /echo                the request, head and body
-  /write?NAME          writes a file in its directory
-  /bytes?n=N           N bytes (bytes.hpp) with their length
+  /write?NAME          writes a file in the working directory
+  /bytes?n=N           N bytes (bytes.hpp) with Content-Length
   /chunked?n=N         the same in chunks
-  /close?n=N           the same, ended by close
-  /upload              checks such bytes and says how many came
+  /close?n=N           the same, delimited by close
+  /upload              checks such bytes and responds with their number
   /sse?n=N&gate=PATH   an event; the others once the file PATH exists
-  /slow?ms=N           waits
-  /crash               ends before the answer
-  /crash-mid           ends in the middle of it
-  /early413            refuses a body without having read it
+  /slow?ms=N           responds after this time
+  /crash               exits before the response
+  /crash-mid           exits within the response
+  /early413            refuses a body without reading it
   /ws                  101 to any Upgrade, then an echo
 )";
 
@@ -100,7 +100,7 @@ std::atomic<int> connections{0};
 
 void wait_ms(long ms) { std::this_thread::sleep_for(Milliseconds(ms)); }
 
-// Whole lines of several processes and threads never mix in an O_APPEND file.
+// With O_APPEND, lines of several processes and threads never interleave.
 void append_line(const std::string &path, const std::string &line) {
   const int fd =
       open(path.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0644);
@@ -134,7 +134,7 @@ std::string list_signals() {
 
 // ---- a connection ----------------------------------------------------------
 
-struct Gone {}; // the other side is no longer there
+struct Disconnected {}; // the peer has closed the connection
 
 class Connection {
 public:
@@ -149,7 +149,7 @@ public:
         }
         return;
       }
-      answer();
+      respond();
       if (!keep_) {
         shutdown(fd_, SHUT_WR);
         return;
@@ -169,7 +169,7 @@ private:
         return true;
       }
       if (n == 0) { return false; }
-      if (errno != EINTR) { throw Gone(); }
+      if (errno != EINTR) { throw Disconnected(); }
     }
   }
 
@@ -179,12 +179,12 @@ private:
       if (n > 0) {
         data.remove_prefix(static_cast<std::size_t>(n));
       } else if (errno != EINTR) {
-        throw Gone();
+        throw Disconnected();
       }
     }
   }
 
-  bool peer_left() const {
+  bool peer_closed() const {
     pollfd p = {fd_, POLLRDHUP, 0};
     return poll(&p, 1, 0) > 0;
   }
@@ -211,7 +211,7 @@ private:
     left_ = std::strtoull(header("Content-Length").c_str(), nullptr, 10);
     chunked_ = !header("Transfer-Encoding").empty();
     body_done_ = !chunked_ && left_ == 0;
-    asked_for_it_ = header("Expect").empty();
+    body_requested_ = header("Expect").empty();
     return true;
   }
 
@@ -250,7 +250,7 @@ private:
   std::string line() {
     std::size_t end;
     while ((end = input_.find("\r\n")) == std::string::npos) {
-      if (!fill()) { throw Gone(); }
+      if (!fill()) { throw Disconnected(); }
     }
     auto text = input_.substr(0, end);
     input_.erase(0, end + 2);
@@ -260,9 +260,9 @@ private:
   // The next piece of the body, "" at its end.
   std::string body_piece() {
     if (body_done_) { return {}; }
-    if (!asked_for_it_) {
+    if (!body_requested_) {
       send("HTTP/1.1 100 Continue\r\n\r\n");
-      asked_for_it_ = true;
+      body_requested_ = true;
     }
     if (chunked_ && left_ == 0) {
       left_ = std::strtoull(line().c_str(), nullptr, 16);
@@ -272,7 +272,7 @@ private:
         return {};
       }
     }
-    if (input_.empty() && !fill()) { throw Gone(); }
+    if (input_.empty() && !fill()) { throw Disconnected(); }
     auto piece =
         input_.substr(0, static_cast<std::size_t>(
                              std::min<std::uint64_t>(left_, input_.size())));
@@ -300,7 +300,7 @@ private:
     return all;
   }
 
-  // ---- the answer
+  // ---- the response
 
   std::string head_text(const std::string &status, const std::string &lines) {
     return "HTTP/1.1 " + status + "\r\nServer: fake\r\n" + lines +
@@ -311,7 +311,7 @@ private:
     send(head_text(status, lines));
   }
 
-  // Head and body at once, so that being killed leaves no half answer.
+  // Head and body in one write, so that a kill leaves no partial response.
   void text(const std::string &body, const std::string &status = "200 OK",
             const std::string &type = "text/plain") {
     send(head_text(status, "Content-Type: " + type + "\r\nContent-Length: " +
@@ -340,7 +340,7 @@ private:
     send(size + data + "\r\n");
   }
 
-  void answer() {
+  void respond() {
     if (Clock::now() - listening_since < Milliseconds(settings.ready_after)) {
       return text("not yet\n", "503 Service Unavailable");
     }
@@ -430,8 +430,8 @@ private:
     text(std::to_string(count) + "\n", right ? "200 OK" : "400 Wrong Bytes");
   }
 
-  // Closing on unread bytes makes a reset, which could overtake the answer:
-  // so wait for the other side to have seen it.
+  // Closing with unread bytes sends a reset, which could overtake the response:
+  // wait until the peer has closed.
   void refuse_early() {
     keep_ = false;
     text("too large\n", "413 Content Too Large");
@@ -461,7 +461,7 @@ private:
       chunk("data: " + std::to_string(i) + "\n\n");
       struct stat s;
       while (i == 1 && !gate.empty() && stat(gate.c_str(), &s) != 0) {
-        if (peer_left()) { throw Gone(); }
+        if (peer_closed()) { throw Disconnected(); }
         wait_ms(5);
       }
     }
@@ -483,7 +483,8 @@ private:
   std::vector<char> block_;
   std::string input_, head_, method_, path_, query_;
   std::uint64_t left_ = 0; // of the body, or of its current chunk
-  bool chunked_ = false, body_done_ = true, keep_ = true, asked_for_it_ = true;
+  bool chunked_ = false, body_done_ = true, keep_ = true,
+       body_requested_ = true;
 };
 
 // ---- starting --------------------------------------------------------------
@@ -538,7 +539,7 @@ void delay_term(long ms) {
 void log_megabytes(long n) {
   std::string megabyte;
   while (megabyte.size() < 1u << 20) {
-    megabyte += "fake: a line that says nothing, over and over again ......\n";
+    megabyte += "fake: a log line, repeated over and over again ...........\n";
   }
   for (long i = 0; i < n; ++i) {
     if (std::fwrite(megabyte.data(), 1, megabyte.size(), stderr) !=
@@ -658,7 +659,7 @@ int main(int argc, char **argv) {
     std::thread([fd] {
       try {
         Connection(fd).serve();
-      } catch (const Gone &) {}
+      } catch (const Disconnected &) {}
     }).detach();
   }
 }

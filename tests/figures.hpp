@@ -1,5 +1,5 @@
-// What the tests of resilience share: a proxy that is a process of its own, so
-// that what it costs can be counted from outside.
+// A proxy that is a process of its own, so that its descriptors, threads,
+// memory and CPU time can be measured from outside.
 
 #ifndef WARMPROXY_TESTS_FIGURES_HPP
 #define WARMPROXY_TESTS_FIGURES_HPP
@@ -12,8 +12,8 @@
 
 namespace support {
 
-// Whether to go on for as long, and with as many, as a claim says; otherwise it
-// is tried within seconds.
+// Whether tests of load and endurance run at full length; otherwise they take
+// seconds.
 inline const bool in_full = environment_or("WARMPROXY_TEST_LONG", "") == "1";
 
 struct Figures {
@@ -22,14 +22,13 @@ struct Figures {
   long rss; // kB
 };
 
-// Kills a process whose number was asked for: 0, in place of one, would be all
-// of us.
+// kill(2) with a check: 0 or -1 would kill more than one process.
 inline void kill_one(long pid) {
-  if (pid <= 1) { throw Error("there is nothing to kill"); }
+  if (pid <= 1) { throw Error("not a process: " + std::to_string(pid)); }
   kill(static_cast<pid_t>(pid), SIGKILL);
 }
 
-// The user and system time that a process has used so far.
+// The CPU time that a process has used so far.
 inline Milliseconds cpu_time(pid_t pid) {
   const auto stat = read_file(proc_file(pid, "stat"));
   std::istringstream in(stat.substr(std::min(stat.rfind(')'), stat.size())));
@@ -42,8 +41,8 @@ inline Milliseconds cpu_time(pid_t pid) {
   return Milliseconds((user + system) * 1000 / sysconf(_SC_CLK_TCK));
 }
 
-// Lets half a second pass. A process that spins uses all of that, one that
-// waits next to nothing: a quarter tells them apart on any machine.
+// Whether a process uses no CPU time, judged over half a second: a process that
+// spins uses nearly all of it, one that waits nearly none.
 inline bool rests(pid_t pid) {
   const auto before = cpu_time(pid);
   const auto until = Clock::now() + Milliseconds(500);
@@ -51,15 +50,16 @@ inline bool rests(pid_t pid) {
   return cpu_time(pid) - before < Milliseconds(125);
 }
 
-// build/warmproxy with a status path, asked on a connection of its own.
+// build/warmproxy with a status path, read on a connection of its own.
 class Watched : public ServeProcess {
 public:
   explicit Watched(Environment environment)
-      : ServeProcess(with_status(std::move(environment))), watcher_(port()) {}
+      : ServeProcess(with_status(std::move(environment))),
+        status_client_(port()) {}
 
-  // A value of the status, as text.
+  // A value of the status as text.
   std::string status(const std::string &name) {
-    const auto json = watcher_.get("/-/status").body;
+    const auto json = status_client_.get("/-/status").body;
     const auto at = json.find('"' + name + "\":");
     if (at == std::string::npos) { throw Error("no " + name + " in " + json); }
     const auto begin = at + name.size() + 3;
@@ -71,7 +71,7 @@ public:
   bool reaches(const std::string &state) {
     return wait_for([&] { return status("state") == '"' + state + '"'; });
   }
-  // Whether nothing is left of any client but the watcher.
+  // Whether no connection is left but that for the status.
   bool alone() {
     return wait_for(
         [&] { return number("connections") == 1 && number("in_flight") == 0; });
@@ -79,8 +79,8 @@ public:
   Figures figures() const {
     return {open_fds(pid()), threads(pid()), rss_kb(pid())};
   }
-  // Whether descriptors and threads come back to what they were: a thread ends
-  // a moment after its connection.
+  // Whether descriptors and threads return to `before`; a thread ends a moment
+  // after its connection.
   bool comes_back_to(const Figures &before) {
     return wait_for([&] {
       const auto now = figures();
@@ -94,11 +94,11 @@ private:
     return environment;
   }
 
-  RawClient watcher_;
+  RawClient status_client_;
 };
 
-// build/warmproxy, started by a shell that has made the room for it: it ends in
-// `exec "$@"`.
+// build/warmproxy, started by a shell script that prepares its surroundings and
+// ends with `exec "$@"`.
 class Within : public Process {
 public:
   Within(const std::string &script, Environment environment,
@@ -114,7 +114,7 @@ private:
         port_(std::atoi(environment.at("PORT").c_str())) {
     if (!wait_for([&] { return listening(port_) || !running(); }) ||
         !running()) {
-      throw Error("warmproxy does not listen; it said: " + err());
+      throw Error("warmproxy does not listen; it printed: " + err());
     }
   }
 
@@ -129,7 +129,7 @@ private:
   int port_;
 };
 
-// Raises our own limit on open files; false if there is no room for so many.
+// Raises the test's own limit on open files. False if that is not possible.
 inline bool room_for(rlim_t descriptors) {
   rlimit files{};
   getrlimit(RLIMIT_NOFILE, &files);
