@@ -11,6 +11,7 @@
 #include <signal.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -44,9 +45,14 @@ const char *const help = R"(fake [option]...
   --fork-worker        forks a child that ignores SIGTERM and does nothing
   --ignore-term        ignores SIGTERM
   --term-delay MS      exits with status 0 this time after SIGTERM
+  --polite             on SIGTERM, ends event streams and tunnels, waits until
+                       all connections are closed and exits with status 0; a
+                       second SIGTERM ends it at once
+  --term-file PATH     appends "SIGTERM" for each, and "exit" at a polite exit
+  --launcher           serves in a child, and passes SIGTERM on to it
   --backlog N          the backlog of listen(2)
   --count-file PATH    appends a line with its pid at each start
-  --posts-file PATH    appends a line for each POST body: the text, or its length
+  --posts-file PATH    appends a line for each POST body: the text or its length
   --args-follow ...    the rest is only for /args
 paths
   /                    a small page
@@ -80,9 +86,11 @@ struct Settings {
   bool never_answer = false;
   bool daemonize = false;
   bool fork_worker = false;
+  bool polite = false;
   long log_mb = 0;
   std::string count_file;
   std::string posts_file;
+  std::string term_file;
   std::vector<std::string> args;
 };
 
@@ -91,7 +99,10 @@ Clock::time_point listening_since;
 std::string inherited_fds;
 std::string inherited_signals;
 int term_pipe[2];
-std::atomic<int> connections{0};
+std::atomic<int> connections{0}; // accepted so far
+std::atomic<int> open_connections{0};
+std::atomic<bool> ending{false};
+pid_t launched = 0;
 
 [[noreturn]] void die(const std::string &what) {
   std::fprintf(stderr, "fake: %s: %s\n", what.c_str(), std::strerror(errno));
@@ -139,7 +150,10 @@ struct Disconnected {}; // the peer has closed the connection
 class Connection {
 public:
   explicit Connection(int fd) : fd_(fd), block_(65536) {}
-  ~Connection() { close(fd_); }
+  ~Connection() {
+    close(fd_);
+    --open_connections;
+  }
 
   void serve() {
     while (read_head()) {
@@ -462,8 +476,10 @@ private:
       struct stat s;
       while (i == 1 && !gate.empty() && stat(gate.c_str(), &s) != 0) {
         if (peer_closed()) { throw Disconnected(); }
+        if (ending) { break; }
         wait_ms(5);
       }
+      if (ending) { break; }
     }
     send("0\r\n\r\n");
   }
@@ -472,10 +488,13 @@ private:
     send("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n"
          "Upgrade: " +
          header("Upgrade") + "\r\n\r\n");
+    pollfd p = {fd_, POLLIN, 0};
     do {
       send(input_);
       input_.clear();
-    } while (fill());
+      while (!ending && poll(&p, 1, 5) == 0) {}
+    } while (!ending && fill());
+    if (ending) { send("bye"); }
     keep_ = false;
   }
 
@@ -523,17 +542,51 @@ void exit_after(long ms, int code) {
   }).detach();
 }
 
-void delay_term(long ms) {
+// Calls `first` in a thread at the first SIGTERM.
+void on_term(void (*first)(long), long ms) {
   if (pipe2(term_pipe, O_CLOEXEC) != 0) { die("pipe"); }
   std::thread([=] {
-    char byte;
-    while (read(term_pipe[0], &byte, 1) < 0 && errno == EINTR) {}
-    wait_ms(ms);
-    _exit(0);
+    for (int count = 0;;) {
+      char byte;
+      if (read(term_pipe[0], &byte, 1) < 0) { continue; }
+      if (!settings.term_file.empty()) {
+        append_line(settings.term_file, "SIGTERM");
+      }
+      if (++count == 1) {
+        std::thread(first, ms).detach();
+      } else if (settings.polite) {
+        _exit(1);
+      }
+    }
   }).detach();
   signal(SIGTERM, [](int) {
     if (write(term_pipe[1], "", 1) < 0) { _exit(1); }
   });
+}
+
+void exit_late(long ms) {
+  wait_ms(ms);
+  _exit(0);
+}
+
+void exit_politely(long) {
+  ending = true;
+  while (open_connections > 0) {
+    wait_ms(5);
+  }
+  if (!settings.term_file.empty()) { append_line(settings.term_file, "exit"); }
+  _exit(0);
+}
+
+// As cross-env, dotenv-cli and tsx do.
+void launch() {
+  launched = fork();
+  if (launched < 0) { die("fork"); }
+  if (launched == 0) { return; }
+  signal(SIGTERM, [](int) { kill(launched, SIGTERM); });
+  int status = 0;
+  while (waitpid(launched, &status, 0) < 0 && errno == EINTR) {}
+  std::exit(WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
 }
 
 void log_megabytes(long n) {
@@ -571,7 +624,7 @@ int main(int argc, char **argv) {
 
   long exit_ms = -1, term_delay = -1;
   int exit_code = 0;
-  bool ignore_term = false;
+  bool ignore_term = false, launcher = false;
   const auto &args = settings.args;
   for (std::size_t i = 0; i < args.size(); ++i) {
     const auto &option = args[i];
@@ -611,6 +664,12 @@ int main(int argc, char **argv) {
       ignore_term = true;
     } else if (option == "--term-delay") {
       term_delay = number();
+    } else if (option == "--polite") {
+      settings.polite = true;
+    } else if (option == "--launcher") {
+      launcher = true;
+    } else if (option == "--term-file") {
+      settings.term_file = value();
     } else if (option == "--backlog") {
       settings.backlog = number();
     } else if (option == "--count-file") {
@@ -629,6 +688,7 @@ int main(int argc, char **argv) {
     append_line(settings.count_file, std::to_string(getpid()));
   }
   if (exit_ms == 0) { return exit_code; }
+  if (launcher) { launch(); }
   if (settings.fork_worker) { fork_worker(); }
   if (settings.daemonize) {
     const auto pid = fork();
@@ -638,7 +698,8 @@ int main(int argc, char **argv) {
   // Threads from here on: they would not survive a fork.
   if (exit_ms > 0) { exit_after(exit_ms, exit_code); }
   if (ignore_term) { signal(SIGTERM, SIG_IGN); }
-  if (term_delay >= 0) { delay_term(term_delay); }
+  if (term_delay >= 0) { on_term(exit_late, term_delay); }
+  if (settings.polite) { on_term(exit_politely, 0); }
   log_megabytes(settings.log_mb);
   wait_ms(settings.listen_after);
   while (settings.never_listen) {
@@ -654,6 +715,7 @@ int main(int argc, char **argv) {
       continue;
     }
     ++connections;
+    ++open_connections;
     const int on = 1;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
     std::thread([fd] {
