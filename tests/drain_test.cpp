@@ -18,16 +18,16 @@ TEST_CASE("drain: what is in progress may finish") {
       begin(activity, proxy, client);
       proxy.signal(signal);
       CHECK(proxy.printed("stopping"));
-      // Nobody new gets in, and who has nothing to wait for is let go.
+      // New connections are refused, idle ones are closed.
       CHECK(wait_for([&] { return !listening(proxy.port()); }));
       CHECK(idle.at_end());
       CHECK(proxy.running());
       activity.on(client);
       CHECK(client.read_to_end() == "");
-      client.close(); // it is waited for, to have read all
+      client.close(); // warmproxy waits for it to have read everything
       CHECK(proxy.wait() == 0);
       CHECK(proxy.nothing_left());
-      CHECK(proxy.err().find("cutting") == std::string::npos);
+      CHECK(proxy.err().find("aborted") == std::string::npos);
     }
   }
 }
@@ -44,7 +44,7 @@ TEST_CASE("drain: an aborted close-delimited response ends with a reset") {
 }
 
 TEST_CASE("drain: requests that were not accepted yet are served") {
-  constexpr int many = 600; // more than are accepted in one go
+  constexpr int many = 600; // more than are accepted in one batch
   Marked proxy({});
   CHECK(get(proxy.port(), "/pid").status == 200);
   proxy.signal(SIGSTOP);
@@ -77,7 +77,7 @@ TEST_CASE("drain: stop_timeout ends everything") {
     args.insert(args.end(), {"--fork-worker", "--ignore-term"});
     Marked proxy(args, {{"WARMPROXY_STOP_TIMEOUT", "200ms"},
                         {"WARMPROXY_PREWARM", "1"}});
-    // We, the guard, the target, its worker.
+    // warmproxy, the watchdog process, the target, its worker
     CHECK(wait_for([&] { return proxy.processes().size() == 4; }));
     RawClient client(proxy.port());
     if (activity.on) {
@@ -94,7 +94,7 @@ TEST_CASE("drain: stop_timeout ends everything") {
     proxy.signal(SIGTERM);
     CHECK(proxy.wait() == 0);
     CHECK(proxy.nothing_left());
-    // Not as if it had all been said.
+    // It does not look complete.
     const auto rest = client.read_to_end();
     CHECK(rest.find("0\r\n\r\n") == std::string::npos);
     CHECK(rest.find("200 OK") == std::string::npos);
@@ -114,7 +114,7 @@ TEST_CASE("drain: a second signal ends warmproxy and the target at once") {
     begin(activity, proxy, client);
     proxy.signal(SIGTERM);
     CHECK(proxy.printed("stopping"));
-    // It says so before it is ready for the second one.
+    // It logs this before it handles the second one.
     CHECK(wait_for([&] {
       proxy.signal(SIGINT);
       return !proxy.running();
@@ -130,31 +130,31 @@ TEST_CASE("drain: stop() leaves no process behind") {
     pid = static_cast<pid_t>(std::stol(get(proxy.port(), "/pid").body));
     CHECK(!children_in_group(pid).empty());
   };
-  SUBCASE("of a target that obeys") {
+  SUBCASE("a target that dies of SIGTERM") {
     RunningProxy proxy(fake_target());
     started(proxy);
     CHECK(proxy.stop());
   }
-  SUBCASE("of one that takes its time") {
+  SUBCASE("a slow one") {
     RunningProxy proxy(fake_target({"--term-delay", "200"}));
     started(proxy);
     CHECK(proxy.stop());
   }
-  SUBCASE("of one that leaves a worker behind") {
+  SUBCASE("one with a worker that ignores SIGTERM") {
     auto options = fake_target({"--fork-worker"});
     options.stop_timeout = Milliseconds(100);
     RunningProxy proxy(options);
     started(proxy);
     proxy.stop();
   }
-  SUBCASE("of one that does not listen to SIGTERM") {
+  SUBCASE("one that ignores SIGTERM") {
     auto options = fake_target({"--ignore-term"});
     options.stop_timeout = Milliseconds(100);
     RunningProxy proxy(options);
     started(proxy);
     proxy.stop();
   }
-  SUBCASE("of one that has not come up yet") {
+  SUBCASE("one that is starting") {
     TemporaryDirectory directory;
     auto options =
         fake_target({"--never-listen", "--count-file", directory / "starts"});
@@ -164,7 +164,7 @@ TEST_CASE("drain: stop() leaves no process behind") {
     pid = static_cast<pid_t>(std::stol(read_file(directory / "starts")));
     proxy.stop();
   }
-  SUBCASE("of none") {
+  SUBCASE("none") {
     RunningProxy proxy(fake_target());
     CHECK(proxy.stop());
     return;
@@ -173,7 +173,7 @@ TEST_CASE("drain: stop() leaves no process behind") {
 }
 
 TEST_CASE("drain: signals that the parent ignores stay ignored") {
-  // As `nohup` does, and a shell with what it starts in the background.
+  // As nohup does, and a shell for background jobs.
   Within proxy("trap '' HUP INT; exec \"$@\"", serve_fake());
   CHECK(get(proxy.port()).status == 200);
   proxy.signal(SIGHUP);

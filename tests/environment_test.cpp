@@ -36,17 +36,18 @@ TEST_CASE("environment: inherited but for warmproxy's own variables") {
   CHECK(inherited.find("\nEMPTY=\n") != std::string::npos);
   CHECK(inherited.find("\nPATH=") != std::string::npos);
   CHECK(inherited.find("WARMPROXY_") == std::string::npos);
-  // The port that we listen on is not the one that it shall listen on.
+  // PORT is the target's, not ours.
   CHECK(inherited.find("\nPORT=" + std::to_string(serve.port()) + "\n") ==
         std::string::npos);
 }
 
-TEST_CASE("environment: nothing is added but PORT") {
+TEST_CASE("environment: nothing is added but PORT and PWD") {
   auto environment = serve_fake();
   environment.insert({{"WARMPROXY_STATUS_PATH", "/-/status"},
                       {"WARMPROXY_ENV_SECRET", "1"},
                       {"VERCEL_IPC_PATH", "/not/there"},
                       {"HOST", "127.0.0.1"},
+                      {"HOSTNAME", "0123456789ab"},
                       {"DATABASE_URL", "postgres://meant"},
                       {"EMPTY", ""},
                       {"LANG", "C=C"}});
@@ -54,20 +55,22 @@ TEST_CASE("environment: nothing is added but PORT") {
   auto inherited = set_of(get(proxy.port(), "/env").body);
   const auto status = get(proxy.port(), "/-/status").body;
   const auto port = status.substr(status.find("\"port\":") + 7);
-  // Where we listen is not where it shall listen.
-  inherited.erase("HOST=127.0.0.1");
+  char directory[4096] = "";
+  REQUIRE(getcwd(directory, sizeof(directory)));
   CHECK(inherited ==
         std::set<std::string>{"PORT=" + port.substr(0, port.find(',')),
                               "PATH=/usr/sbin:/usr/bin:/sbin:/bin",
+                              "PWD=" + std::string(directory),
                               "DATABASE_URL=postgres://meant",
                               "EMPTY=", "LANG=C=C"});
 }
 
-TEST_CASE("environment: HOST is not inherited") {
+TEST_CASE("environment: HOST and HOSTNAME are not inherited") {
   auto environment = serve_fake();
   environment["HOST"] = "0.0.0.0";
+  environment["HOSTNAME"] = "0123456789ab";
   ServeProcess proxy(environment);
-  CHECK(!has("\n" + get(proxy.port(), "/env").body, "\nHOST=0.0.0.0\n"));
+  CHECK(!has("\n" + get(proxy.port(), "/env").body, "\nHOST"));
 }
 
 TEST_CASE("environment: Options::env adds and overrides") {
@@ -80,7 +83,7 @@ TEST_CASE("environment: Options::env adds and overrides") {
 }
 
 TEST_CASE("environment: default signals and standard descriptors only") {
-  // What a careless caller might have left behind.
+  // What an embedding program may have changed.
   sigset_t blocked, before;
   sigemptyset(&blocked);
   sigaddset(&blocked, SIGUSR1);
@@ -98,7 +101,7 @@ TEST_CASE("environment: default signals and standard descriptors only") {
 }
 
 TEST_CASE("environment: nothing of a careless parent is inherited") {
-  // As from a careless parent; and with all that is open while we serve.
+  // From the parent, and while many connections are open.
   Within proxy("trap '' INT QUIT USR1 USR2 PIPE CHLD TERM; "
                "exec 5</dev/null 9>/dev/null; exec \"$@\"",
                serve_fake());
@@ -117,7 +120,7 @@ TEST_CASE("environment: nothing of a careless parent is inherited") {
   CHECK(readlink(proc_file(pid, "fd/0").c_str(), input, sizeof(input) - 1) > 0);
   CHECK(std::string(input) == "/dev/null");
 
-  // Started again while clients are there, it gets no more.
+  // Nor after a restart while clients are connected.
   kill_one(pid);
   CHECK(wait_for([&] {
     return clients.front().get("/fds").body == "0\n1\n2\n" &&

@@ -54,12 +54,11 @@ inline bool rests(pid_t pid) {
 class Watched : public ServeProcess {
 public:
   explicit Watched(Environment environment)
-      : ServeProcess(with_status(std::move(environment))),
-        status_client_(port()) {}
+      : ServeProcess(with_status(std::move(environment))) {}
 
   // A value of the status as text.
   std::string status(const std::string &name) {
-    const auto json = status_client_.get("/-/status").body;
+    const auto json = read_status();
     const auto at = json.find('"' + name + "\":");
     if (at == std::string::npos) { throw Error("no " + name + " in " + json); }
     const auto begin = at + name.size() + 3;
@@ -89,12 +88,20 @@ public:
   }
 
 private:
+  // On a connection that stays open, unless it had to make room for another.
+  std::string read_status() {
+    if (!status_client_ || status_client_->readable()) {
+      status_client_ = std::make_unique<RawClient>(port());
+    }
+    return status_client_->get("/-/status").body;
+  }
+
   static Environment with_status(Environment environment) {
     environment.emplace("WARMPROXY_STATUS_PATH", "/-/status");
     return environment;
   }
 
-  RawClient status_client_;
+  std::unique_ptr<RawClient> status_client_;
 };
 
 // build/warmproxy, started by a shell script that prepares its surroundings and

@@ -15,7 +15,7 @@ bool has(const std::string &text, const std::string &part) {
 
 } // namespace
 
-// Known as hop-by-hop abuse: a client names what a hop before us has added.
+// Hop-by-hop abuse: a client lists header lines that a proxy adds.
 TEST_CASE(
     "forwarding: Connection cannot remove framing or forwarding headers") {
   Stage stage(answering(ok()));
@@ -47,13 +47,12 @@ TEST_CASE("forwarding: X-Forwarded-For, -Host and -Proto") {
   const struct {
     std::string name, sent, arrive; // sorted
   } cases[] = {
-      {"nothing said before us", "", "X-Forwarded-For: 127.0.0.1\r\n" + ours},
+      {"none", "", "X-Forwarded-For: 127.0.0.1\r\n" + ours},
       {"a chain", "X-Forwarded-For: 1.2.3.4, 5.6.7.8\r\n",
-       "X-Forwarded-For: 1.2.3.4, 5.6.7.8, 127.0.0.1\r\n" + ours},
+       "X-Forwarded-For: 127.0.0.1\r\n" + ours},
       {"a chain in several lines",
        "x-forwarded-for: 1.2.3.4\r\nA: 1\r\nX-FORWARDED-FOR: 5.6.7.8\r\n",
-       "X-FORWARDED-FOR: 5.6.7.8, 127.0.0.1\r\n" + ours +
-           "x-forwarded-for: 1.2.3.4\r\n"},
+       "X-Forwarded-For: 127.0.0.1\r\n" + ours},
       {"spoofed",
        "X-Forwarded-Proto: https\r\nx-forwarded-host: evil\r\n"
        "X-Forwarded-Host: worse\r\nX-FORWARDED-PROTO: ftp\r\n",
@@ -97,16 +96,19 @@ TEST_CASE("forwarding: X-Forwarded-Host is Host, byte for byte") {
   SUBCASE("none, in HTTP/1.0") {
     CHECK(exchange(stage.port(), "GET / HTTP/1.0\r\nA: 1\r\n\r\n").status ==
           200);
-    CHECK(without_forwarded(stage.last().head) ==
-          "GET / HTTP/1.0\r\nA: 1\r\n\r\n");
-    CHECK(count_of(headers_of(stage.last().head), "X-Forwarded-Host") == 0);
+    const auto head = stage.last().head;
+    CHECK(head.find("GET / HTTP/1.1\r\n") == 0);
+    CHECK(header_of(head, "A") == "1");
+    CHECK(header_of(head, "Host") ==
+          "127.0.0.1:" + std::to_string(stage.target.port()));
+    CHECK(count_of(headers_of(head), "X-Forwarded-Host") == 0);
   }
 }
 
 TEST_CASE("forwarding: a client cannot spoof its address, scheme or host") {
   Stage stage(answering(ok()));
   RawClient client(stage.port());
-  for (const std::string lie :
+  for (const std::string spoofed :
        {"X-Forwarded-For: 10.0.0.1\r\n", "x-forwarded-for: 10.0.0.1\r\n",
         "X-Forwarded-For: 10.0.0.1\r\nX-Forwarded-For: 10.0.0.2\r\n",
         "X-Forwarded-For:\r\n", "X-Forwarded-For: ,\r\n",
@@ -118,19 +120,16 @@ TEST_CASE("forwarding: a client cannot spoof its address, scheme or host") {
         "x_vercel-internal-request-id: https\r\n",
         "X-Vercel-Internal-Invocation-Id: 1\r\n",
         "x-vercel-internal-bot-check: pass\r\n"}) {
-    CAPTURE(lie);
-    CHECK(client.get("/", lie).status == 200);
+    CAPTURE(spoofed);
+    CHECK(client.get("/", spoofed).status == 200);
     const auto headers = headers_of(stage.last().head);
-    std::string chain;
     for (const auto &h : headers) {
-      if (same_name(h.first, "X-Forwarded-For")) { chain += "," + h.second; }
       CHECK(!has(h.second, "bank.example"));
       CHECK(!has(h.second, "https"));
       CHECK(!same_name(h.first.substr(0, 18), "x-vercel-internal-"));
     }
-    // Whoever counts from the end finds who we were asked by.
-    const auto last = chain.find_last_of(", ");
-    CHECK(chain.substr(last + 1) == "127.0.0.1");
+    CHECK(count_of(headers, "X-Forwarded-For") == 1);
+    CHECK(header_of(headers, "X-Forwarded-For") == "127.0.0.1");
     CHECK(count_of(headers, "X-Forwarded-Proto") == 1);
     CHECK(count_of(headers, "X-Forwarded-Host") == 1);
     CHECK(header_of(headers, "X-Forwarded-Proto") == "http");

@@ -94,8 +94,8 @@ TEST_CASE("idle stop: many cycles under load") {
   std::string failure;
   Figures before{};
   long first = 0;
-  // The pause between two volleys is drawn out a little further each time, so
-  // that they come at every moment of a stop.
+  // The pause between two volleys varies, so that they arrive at every moment
+  // of a stop.
   for (int volley = 0;; ++volley) {
     for (auto &client : connections) {
       client->send("GET /pid HTTP/1.1\r\nHost: test\r\n\r\n");
@@ -109,7 +109,7 @@ TEST_CASE("idle stop: many cycles under load") {
       }
     }
     const auto starts = proxy.number("starts");
-    if (first == 0 && starts >= 3) { // it has found its size
+    if (first == 0 && starts >= 3) { // its memory has settled
       first = starts;
       REQUIRE(proxy.reaches("cold"));
       before = proxy.figures();
@@ -127,5 +127,5 @@ TEST_CASE("idle stop: many cycles under load") {
           " starts; resident before ", before.rss, " kB, after ", after.rss,
           " kB; ", after.fds, " descriptors, ", after.threads, " threads");
   if (!sanitized) { CHECK(after.rss < before.rss + 512); }
-  CHECK(children_of(proxy.pid()).size() == 1); // the guard
+  CHECK(children_of(proxy.pid()).size() == 1); // the watchdog process
 }

@@ -36,7 +36,7 @@ TEST_CASE("keep-alive: HTTP/1.0 clients") {
            "Content-Length: " + std::to_string(answer.size()) + "\r\n\r\n" +
            answer;
   };
-  SUBCASE("is closed") {
+  SUBCASE("closed by default") {
     RawClient client(stage.port());
     const auto response = client.exchange(request("", ok()));
     CHECK(response.head ==
@@ -44,9 +44,12 @@ TEST_CASE("keep-alive: HTTP/1.0 clients") {
           "close\r\n\r\n");
     CHECK(response.body == "ok");
     CHECK(client.at_end());
-    CHECK(stage.last().head.find("POST / HTTP/1.0\r\n") == 0);
+    // RFC 9110, section 2.5: an intermediary sends its own version.
+    CHECK(stage.last().head.find("POST / HTTP/1.1\r\n") == 0);
+    CHECK(header_of(stage.last().head, "Host") ==
+          "127.0.0.1:" + std::to_string(stage.target.port()));
   }
-  SUBCASE("is kept if it asks for that") {
+  SUBCASE("kept with Connection: keep-alive") {
     RawClient client(stage.port());
     for (int i = 0; i < 3; ++i) {
       const auto response =
@@ -56,7 +59,7 @@ TEST_CASE("keep-alive: HTTP/1.0 clients") {
       CHECK(response.body == "ok");
     }
   }
-  SUBCASE("gets no interim answers") {
+  SUBCASE("no interim responses") {
     RawClient client(stage.port());
     const auto response = client.exchange(
         request("", "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early "
@@ -68,7 +71,7 @@ TEST_CASE("keep-alive: HTTP/1.0 clients") {
 }
 
 TEST_CASE("keep-alive: HTTP/1.0 targets") {
-  SUBCASE("with a length, the client's connection is kept") {
+  SUBCASE("with a length, the client's connection stays open") {
     Stage stage(playing({sending_and_closing(
         "HTTP/1.0 200 OK\r\nContent-Length: 2\r\nServer: x\r\n\r\nok")}));
     RawClient client(stage.port());
@@ -79,7 +82,7 @@ TEST_CASE("keep-alive: HTTP/1.0 targets") {
       CHECK(response.body == "ok");
     }
   }
-  SUBCASE("that keeps its connection is used again") {
+  SUBCASE("with keep-alive, the upstream connection is used again") {
     Stage stage(answering("HTTP/1.0 200 OK\r\nConnection: keep-alive\r\n"
                           "Content-Length: 2\r\n\r\nok"));
     RawClient client(stage.port());
@@ -88,7 +91,7 @@ TEST_CASE("keep-alive: HTTP/1.0 targets") {
     }
     CHECK(connections_used(stage) == 1);
   }
-  SUBCASE("without a length, it ends for both") {
+  SUBCASE("without a length, both connections are closed") {
     Stage stage(playing({sending_and_closing("HTTP/1.0 200 OK\r\n\r\nok")}));
     RawClient client(stage.port());
     const auto response = client.get();
@@ -100,8 +103,8 @@ TEST_CASE("keep-alive: HTTP/1.0 targets") {
 
 TEST_CASE("keep-alive: a client that half-closes after its request gets its "
           "response") {
-  // Only an answer that comes at once is certain to find it: a client that has
-  // ended counts as gone. So one of many is enough.
+  // A client that half-closes counts as gone after a moment, so only a prompt
+  // response is certain to reach it. One of many attempts is enough.
   Stage stage(answering(ok()));
   CHECK(wait_for([&] {
     RawClient client(stage.port());
@@ -113,8 +116,7 @@ TEST_CASE("keep-alive: a client that half-closes after its request gets its "
 }
 
 TEST_CASE("keep-alive: urgent data does not end the stream") {
-  // It arrives as one with what is before and behind it, where a recv(2) stops
-  // in between.
+  // All of it arrives at once, but recv(2) stops at the urgent byte.
   ServeProcess proxy(serve_fake());
   CHECK(get(proxy.port(), "/pid").status == 200);
   proxy.signal(SIGSTOP);

@@ -57,14 +57,18 @@ TEST_CASE("limits: too many header lines or connection options are refused") {
 TEST_CASE("limits: more connections than max_connections") {
   Watched proxy(served("16"));
   const auto before = at_rest(proxy, 10);
-  // The watcher is one of the 16.
+  // The connection for the status is idle, so it makes room for the 16th.
+  TemporaryDirectory directory;
+  const auto gate = directory / "gate";
   std::list<RawClient> inside;
-  for (int i = 0; i < 15; ++i) {
+  for (int i = 0; i < 16; ++i) {
     inside.emplace_back(proxy.port());
-    CHECK(inside.back().get("/pid").status == 200);
+    inside.back().send("GET /sse?n=2&gate=" + gate +
+                       " HTTP/1.1\r\nHost: test\r\n\r\n");
+    inside.back().read_until("data: 1\n\n");
   }
   const int count = in_full ? 2000 : 200;
-  SUBCASE("that ask for something are told to come back") {
+  SUBCASE("with a request get 503 and Retry-After") {
     for (int i = 0; i < count; ++i) {
       const auto response = get(proxy.port(), "/pid");
       CHECK(response.status == 503);
@@ -85,14 +89,14 @@ TEST_CASE("limits: more connections than max_connections") {
     CHECK(told == 50);
     CHECK(good == 0);
   }
-  SUBCASE("that say nothing keep no one else from being told so") {
+  SUBCASE("without a request do not keep others from their 503") {
     std::list<RawClient> silent;
     for (int i = 0; i < 24; ++i) {
       silent.emplace_back(proxy.port());
     }
     CHECK(get(proxy.port(), "/pid", "", Milliseconds(60000)).status == 503);
   }
-  SUBCASE("that leave again, leave nothing") {
+  SUBCASE("that disconnect leave nothing behind") {
     for (int i = 0; i < count; ++i) {
       RawClient client(proxy.port());
       if (i % 3 == 1) { client.send("GET /p"); }
@@ -101,7 +105,9 @@ TEST_CASE("limits: more connections than max_connections") {
     }
   }
   CHECK(proxy.figures().threads == before.threads);
-  for (auto &client : inside) { // nobody was put out
+  write_file(gate, "");
+  for (auto &client : inside) { // none was disturbed
+    client.read_until("0\r\n\r\n");
     CHECK(client.get("/pid").status == 200);
   }
   inside.clear();
@@ -116,7 +122,7 @@ TEST_CASE("limits: 256 descriptors") {
   environment["WARMPROXY_IDLE_STOP"] = "100ms";
   Within proxy("ulimit -n 256; exec \"$@\"", environment);
   CHECK(hard_limit(proxy.pid(), RLIMIT_NOFILE) == 256);
-  // More than there is room for, each with a request under way.
+  // More than there is room for, each with a request in progress.
   const std::string wait = "GET /slow?ms=500 HTTP/1.1\r\nHost: test\r\n\r\n";
   CHECK(get(proxy.port(), "/pid").status == 200);
   const auto calm = open_fds(proxy.pid());
@@ -134,7 +140,7 @@ TEST_CASE("limits: 256 descriptors") {
       ++told;
       CHECK(response.header("Retry-After") != "");
     }
-    client.close(); // who is answered makes room
+    client.close(); // makes room for the next
   }
   MESSAGE(good, " answered, ", told, " told to come back");
   CHECK(good + told == 300);
@@ -164,7 +170,7 @@ TEST_CASE("limits: idle upstream connections make room for new ones") {
     clients.emplace_back(proxy.port());
   }
   CHECK(all(get) == 100);
-  // So long that a POST must not ride on what was kept.
+  // So long that a POST must not use an idle connection.
   for (int i = 0; i < 3; ++i) {
     CHECK(rests(proxy.pid()));
   }
@@ -181,13 +187,11 @@ TEST_CASE("limits: no descriptor is left for a client connection") {
   outside.send("GET /pid HTTP/1.1\r\nHost: test\r\n\r\n");
   CHECK(rests(proxy.pid()));
   CHECK(!outside.readable());
-  // Who is there already is served.
+  // Existing connections are served.
   CHECK(inside.get("/pid").status == 200);
-  SUBCASE("then there is, since the limit is raised") {
-    limit(proxy.pid(), "nofile=" + most);
-  }
-  SUBCASE("then there is, since somebody has gone") {
-    if (sanitized) { return; } // UBSan needs one, to look whether it may look
+  SUBCASE("until the limit is raised") { limit(proxy.pid(), "nofile=" + most); }
+  SUBCASE("until a client disconnects") {
+    if (sanitized) { return; } // UBSan needs one itself
     inside.close();
   }
   CHECK(outside.read_response().status == 200);
@@ -200,7 +204,7 @@ TEST_CASE("limits: no descriptor is left for an upstream connection") {
   Watched proxy(serve_fake());
   RawClient client(proxy.port());
   CHECK(client.get("/pid").status == 200);
-  // Every kept connection is in use, whichever of our threads has it.
+  // No event loop has an idle upstream connection.
   std::list<RawClient> slow;
   for (int i = 0; i < 8; ++i) {
     slow.emplace_back(proxy.port());
@@ -211,7 +215,7 @@ TEST_CASE("limits: no descriptor is left for an upstream connection") {
   limit(proxy.pid(), "nofile=3");
   const auto response = client.get("/pid");
   CHECK(response.status == 503);
-  CHECK(response.body == "warmproxy: no connection to the target: "
+  CHECK(response.body == "warmproxy: cannot connect to the target: "
                          "Too many open files\n");
   CHECK(response.header("Retry-After") != "");
   CHECK(rests(proxy.pid()));
@@ -227,7 +231,7 @@ TEST_CASE("limits: no process is left for the target") {
   Within proxy("exec " + as + "\"$@\"", files.served(), files / "warmproxy");
   RawClient inside(proxy.port());
   CHECK(inside.get("/-/status").status == 200);
-  // Root may do anything; everybody else has at least this process.
+  // There is no such limit for root.
   limit(proxy.pid(), "nproc=1", as);
 
   const auto response = inside.get("/pid");

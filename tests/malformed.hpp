@@ -79,6 +79,13 @@ inline std::vector<std::string> bad_chunks() {
           "0\r\nx: " + std::string(70000, 'x') + "\r\n\r\n"};
 }
 
+// Whether it is malformed for a client only.
+inline bool has_blanks_around_size(const std::string &chunk) {
+  return chunk.compare(0, 4, " 1\r\n") == 0 ||
+         chunk.compare(0, 4, "1 \r\n") == 0 ||
+         chunk.compare(0, 4, "1\t\r\n") == 0;
+}
+
 // The beginning of `bytes`, printable.
 inline std::string shown(const std::string &bytes) {
   std::string text;

@@ -63,7 +63,8 @@ std::vector<Malformed> malformed() {
       {"an asterisk for GET", requesting("GET * HTTP/1.1")},
       {"an asterisk and more", requesting("OPTIONS */ HTTP/1.1")},
       {"an authority for GET", requesting("GET test:80 HTTP/1.1")},
-      {"another scheme", requesting("GET ftp://test/ HTTP/1.1")},
+      {"no token as the scheme", requesting("GET 1http://test/ HTTP/1.1")},
+      {"an empty scheme", requesting("GET ://test/ HTTP/1.1")},
       {"half a scheme", requesting("GET http:/test/ HTTP/1.1")},
       {"a URL without a host", requesting("GET http:///a HTTP/1.1")},
       {"a URL that ends early", requesting("GET http:// HTTP/1.1")},
@@ -199,7 +200,7 @@ TEST_CASE("request head: a malformed one does not start the target") {
     check_refused(client, c.status);
   }
   for (const auto &chunk : bad_chunks()) {
-    if (chunk.size() > 1000) { continue; } // not seen before it would start
+    if (chunk.size() > 1000) { continue; } // starts the target before its end
     CAPTURE(shown(chunk));
     RawClient client(proxy.port());
     client.send(with("Transfer-Encoding: chunked") + chunk + smuggled);
@@ -221,7 +222,7 @@ TEST_CASE("request head: a malformed one does not reach the target") {
       check_refused(client, c.status);
     }
     CHECK(stage.target.received().size() == before);
-    { // nor behind a good one
+    { // nor after a good one
       RawClient client(stage.port());
       client.send("GET /good HTTP/1.1\r\nHost: test\r\n\r\n" + c.bytes +
                   smuggled);
@@ -237,7 +238,6 @@ TEST_CASE("response head: a malformed one becomes 502") {
   const std::string k70(70000, 'x');
   std::vector<std::pair<std::string, std::string>> cases = {
       {"no HTTP", "Hello\r\n\r\n"},
-      {"an empty line first", "\r\nHTTP/1.1 200 OK\r\n\r\n"},
       {"no status", "HTTP/1.1 OK\r\n\r\n"},
       {"a status of two digits", "HTTP/1.1 20 OK\r\n\r\n"},
       {"a status of four", "HTTP/1.1 2000 OK\r\n\r\n"},
@@ -260,26 +260,11 @@ TEST_CASE("response head: a malformed one becomes 502") {
        "HTTP/1.1 200OK\r\nContent-Length: 0\r\n\r\n"},
   };
   for (const auto &lines :
-       {"X : 1"s,
-        "X"s,
-        ": 1"s,
-        "X: 1\r\n 2"s,
-        "X: a\0b"s,
-        "X: a\rb"s,
-        "X\xE9: 1"s,
-        "X Y: 1"s,
-        "Content-Length: 5\r\nContent-Length: 6"s,
-        "Content-Length: 5, 6"s,
-        "Content-Length: x"s,
-        "Content-Length: -1"s,
-        "Content-Length:"s,
-        "Content-Length: 18446744073709551616"s,
-        "Transfer-Encoding: gzip"s,
-        "Transfer-Encoding: gzip, chunked"s,
-        "Transfer-Encoding: chunked, chunked"s,
-        "Transfer-Encoding:"s,
-        "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked"s,
-        "Transfer-Encoding: chunked\r\nContent-Length: x"s}) {
+       {"X: a\0b"s, "X: a\rb"s, "Content-Length: 5\r\nContent-Length: 6"s,
+        "Content-Length: 5, 6"s, "Content-Length: x"s, "Content-Length: -1"s,
+        "Content-Length:"s, "Content-Length: 18446744073709551616"s,
+        "Transfer-Encoding: gzip"s, "Transfer-Encoding: gzip, chunked"s,
+        "Transfer-Encoding: chunked, gzip"s}) {
     cases.emplace_back(shown(lines),
                        "HTTP/1.1 200 OK\r\n" + lines + "\r\n\r\nbody");
   }
@@ -300,7 +285,7 @@ TEST_CASE("response head: a malformed one becomes 502") {
 TEST_CASE("response head: a malformed one leaves the client connection open") {
   std::atomic<int> n{0};
   Stage stage(answering_with([&](const std::string &, const std::string &) {
-    return n++ % 2 ? ok("good") : "HTTP/1.1 200 OK\r\nX : 1\r\n\r\n";
+    return n++ % 2 ? ok("good") : "HTTP/1.1 200 OK\r\nX: \r1\r\n\r\n";
   }));
   RawClient client(stage.port());
   for (int i = 0; i < 3; ++i) {
@@ -309,7 +294,7 @@ TEST_CASE("response head: a malformed one leaves the client connection open") {
   }
 }
 
-// There is no body to mistake, but a cache would keep the wrong length.
+// There is no body to misread, but a cache would store the wrong length.
 TEST_CASE("response head: malformed framing is refused even without a body") {
   Stage stage(dictated());
   for (const std::string lines :

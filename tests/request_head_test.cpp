@@ -54,13 +54,12 @@ TEST_CASE("request head: header lines are forwarded unchanged") {
       {"empty values", "X:\r\nY: \r\nZ:\t\r\n"},
       {"punctuation", "X: \"a, b\"; c=d, (e)\\ <f>@[g]:{h}?=#\r\n"},
       {"any token as the name", "!#$%&'*+-.^_`|~09azAZ: 1\r\n_: 2\r\n"},
-      {"underscores", "X_Real_IP: 1\r\nContent_Length: 5\r\n"},
+      {"underscores", "X_Y: 1\r\nContent_Length: 5\r\n"},
       {"credentials",
        "Authorization: Basic YTpi\r\nProxy-Authorization: x\r\n"},
       {"a range", "Range: bytes=0-1,5-\r\nIf-Range: \"x\"\r\n"},
       {"Expect of another kind", "Expect: the-unexpected\r\n"},
-      {"other proxies' words", "Forwarded: for=1.2.3.4;proto=https\r\nVia: 1.1 "
-                               "x\r\nX-Real-IP: 1.2.3.4\r\n"},
+      {"Via", "Via: 1.1 x\r\n"},
       {"8 KB in one", "X: " + k8 + "\r\n"},
       {"8 KB of name", k8 + ": 1\r\n"},
       {"48 KB in six", "A: " + k8 + "\r\nB: " + k8 + "\r\nC: " + k8 +
@@ -103,9 +102,9 @@ TEST_CASE("request head: hop-by-hop lines are removed") {
       {"other transfer codings", "TE: gzip\r\nConnection: TE\r\nA: 1\r\n",
        "A: 1\r\n"},
       {"TE unnamed", "TE: deflate;q=0.5\r\n", ""},
-      // Not ours to drop, whoever asks for it: the request would be another.
+      // Without Host it would be another request.
       {"Host named", "Connection: Host\r\nA: 1\r\n", "A: 1\r\n"},
-      // Ours, whoever sends them.
+      // Removed whoever sends them.
       {"Vercel's own",
        "x-vercel-internal-x: 1\r\nX-Vercel-Internal-Y: "
        "2\r\nx-vercel-id: 3\r\nx-vercel-internal: 4\r\n",

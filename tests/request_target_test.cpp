@@ -123,6 +123,9 @@ TEST_CASE("request target: absolute-form becomes origin-form") {
       {"http://example.org?q=/", "x", "/?q=/", "example.org"},
       {"HTTP://Example.ORG:8080/X", "x", "/X", "Example.ORG:8080"},
       {"https://example.org/", "x", "/", "example.org"},
+      {"ws://example.org/chat", "x", "/chat", "example.org"},
+      {"ftp://example.org/a", "x", "/a", "example.org"},
+      {"a+b-c.1://example.org:81/a", "x", "/a", "example.org:81"},
       {"http://[::1]:80/", "x", "/", "[::1]:80"},
       {"http://example.org//a", "x", "//a", "example.org"},
       {"http://example.org/http://b/", "x", "/http://b/", "example.org"},
@@ -147,7 +150,7 @@ TEST_CASE("request target: absolute-form provides a missing Host") {
   Stage stage(answering(ok()));
   CHECK(exchange(stage.port(), "GET http://example.org/a HTTP/1.0\r\n\r\n")
             .status == 200);
-  CHECK(first_line(stage.last().head) == "GET /a HTTP/1.0");
+  CHECK(first_line(stage.last().head) == "GET /a HTTP/1.1");
   CHECK(header_of(stage.last().head, "Host") == "example.org");
 }
 

@@ -8,8 +8,7 @@ using namespace support;
 using namespace std::string_literals;
 
 TEST_CASE("retry: safe requests survive a stale idle connection") {
-  // Each connection answers once, and ends when it is used again: the close
-  // crosses the request, which has arrived.
+  // Each connection serves one request and is closed during the next.
   for (const bool reset : {false, true}) {
     CAPTURE(reset);
     Stage stage([=](TargetConnection &c) {
@@ -40,7 +39,7 @@ TEST_CASE("retry: an unsafe request is never sent twice") {
         "PUT /p HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n"s,
         "GET /p HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\nbody"s}) {
     CAPTURE(request);
-    // The target answers on a new connection and fails on a used one.
+    // The target responds on a new connection and fails on a used one.
     const auto before = stage.target.requests().size();
     CHECK(get(stage.port()).status == 200);
     const auto response = exchange(stage.port(), request);
@@ -70,14 +69,14 @@ TEST_CASE(
 
 TEST_CASE("retry: a connection that ends without a response") {
   for (const auto &end : {sending_and_closing(""), sending_and_resetting("")}) {
-    { // is asked again what can be asked again
+    { // a safe request is repeated
       Stage stage(playing({end, sending(ok("again"))}));
       CHECK(get(stage.port()).body == "again");
       const auto requests = stage.target.requests();
       REQUIRE(requests.size() == 2);
       CHECK(requests[0].head == requests[1].head);
     }
-    { // and nothing else
+    { // and no other
       Stage stage(playing({end, sending(ok("next"))}));
       RawClient client(stage.port());
       const auto response = client.exchange(post_head + "body");
@@ -86,9 +85,10 @@ TEST_CASE("retry: a connection that ends without a response") {
       CHECK(stage.target.requests().size() == 1);
       CHECK(get(stage.port()).body == "next");
     }
-    { // and not for ever
+    { // once at most (RFC 9110, section 9.2.2)
       Stage stage(playing({end}));
       CHECK(get(stage.port()).status == 502);
+      CHECK(stage.target.requests().size() == 2);
     }
   }
 }

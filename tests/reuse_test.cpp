@@ -13,8 +13,7 @@ TEST_CASE("reuse: an idle upstream connection serves the next request") {
   for (int i = 0; i < 10; ++i) {
     RawClient client(stage.port());
     CHECK(client.get().status == 200);
-    CHECK(client.post("/", "x").body == "/|x");
-    // It is given back behind the answer, which another client may not await.
+    // It is released after the response, which the next client may not await.
     CHECK(wait_for([&] { return stage.proxy.status().in_flight == 0; }));
   }
   CHECK(connections_used(stage) == 1);
@@ -25,7 +24,7 @@ TEST_CASE("reuse: a connection that the target closed is not used again") {
     if (c.read_head().empty()) { return; }
     c.send(
         "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok");
-    c.read_head(); // it does not close by itself
+    c.read_head(); // it leaves the close to us
     c.send("HTTP/1.1 500 Used again\r\nContent-Length: 0\r\n\r\n");
   });
   RawClient client(stage.port());
@@ -46,15 +45,15 @@ TEST_CASE("reuse: a target that closes unannounced after each response") {
 TEST_CASE("reuse: unsolicited bytes are nobody's response") {
   const std::string poison =
       "HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison";
-  SUBCASE("right behind an answer") {
+  SUBCASE("directly after a response") {
     Stage stage(answering(ok("good") + poison));
     RawClient client(stage.port());
     for (int i = 0; i < 5; ++i) {
       CHECK(client.get().body == "good");
     }
-    CHECK(connections_used(stage) == 5); // who knows what else it would send
+    CHECK(connections_used(stage) == 5); // it cannot be trusted any more
   }
-  SUBCASE("behind an answer to HEAD, as its body") {
+  SUBCASE("after a response to HEAD, as its body") {
     Stage stage(answering(ok(poison)));
     RawClient client(stage.port());
     for (int i = 0; i < 5; ++i) {
@@ -64,7 +63,7 @@ TEST_CASE("reuse: unsolicited bytes are nobody's response") {
     CHECK(client.get().body == poison);
     CHECK(connections_used(stage) == 6);
   }
-  SUBCASE("later, while nobody asks") {
+  SUBCASE("later, on an idle connection") {
     Gate answered, poisoned;
     std::atomic<bool> first{true};
     Stage stage([&](TargetConnection &c) {
@@ -116,8 +115,7 @@ TEST_CASE("reuse: a target that serves one connection at a time") {
     const std::lock_guard<std::mutex> lock(busy);
     answering(ok())(c);
   });
-  // Ones that we keep must not be in the way, for as long as we would keep
-  // them.
+  // Idle connections must not block it for as long as their idle timeout.
   const Milliseconds less_than_that(10000);
   std::list<RawClient> clients;
   for (int i = 0; i < 5; ++i) {

@@ -6,8 +6,7 @@ using namespace support;
 
 namespace {
 
-// A fake that is started with `args`, until a file exists; then it is a good
-// one, on the port that it is told.
+// Starts tests/fake.cpp with `args` until a file exists, and then without.
 warmproxy::Options good_once(const std::string &file,
                              const std::vector<std::string> &args) {
   warmproxy::Options options;
@@ -21,7 +20,7 @@ warmproxy::Options good_once(const std::string &file,
   return options;
 }
 
-// The next requests find the target left alone for a moment, and then good.
+// Checks that the next requests meet the back-off, and then a good start.
 void recovers(int port) {
   int status = 0;
   CHECK(wait_for([&] {
@@ -37,7 +36,7 @@ bool has(const std::string &text, const std::string &part) {
   return text.find(part) != std::string::npos;
 }
 
-// Listens on a port of 127.0.0.1, and no more than that.
+// Occupies a port of 127.0.0.1, listening or not.
 class Occupied {
 public:
   explicit Occupied(bool listening)
@@ -99,7 +98,6 @@ TEST_CASE(
        504,
        "Connection refused"},
       {"never answers", {"--never-answer"}, 504, "no answer to GET /"},
-      {"answers 503", {"--ready-after", "600000"}, 504, "GET / answered 503"},
       {"forks and leaves", {"--daemonize"}, 502, "exited with status 0"},
       {"forks and leaves, before it listens",
        {"--daemonize", "--listen-after", "600000", "--fork-worker"},
@@ -120,7 +118,7 @@ TEST_CASE(
     options.stop_timeout = Milliseconds(100);
     RunningProxy proxy(options);
 
-    // All who wait are told of the one start.
+    // All waiting requests get the error of this start.
     std::list<RawClient> clients;
     for (int i = 0; i < 20; ++i) {
       clients.emplace_back(proxy.port());
@@ -129,7 +127,7 @@ TEST_CASE(
     for (auto &client : clients) {
       const auto response = client.read_response();
       CAPTURE(response.head + response.body);
-      // Who comes after it has failed finds it left alone for a moment.
+      // Requests that arrive after the failure meet the back-off.
       const bool late = response.status == 503;
       CHECK((late || response.status == c.status));
       CHECK(response.body.find("warmproxy: the target ") == 0);
@@ -146,7 +144,7 @@ TEST_CASE(
     }
     const auto failed = proxy.status().starts;
 
-    // A start that is under way now may still be a bad one.
+    // A start in progress may still be a bad one.
     write_file(good, "");
     CHECK(wait_for([&] { return get(proxy.port(), "/pid").status == 200; }));
     CHECK(proxy.status().starts <= failed + 2);
@@ -173,18 +171,17 @@ TEST_CASE("start errors: the program cannot be executed") {
   chmod(program.c_str(), 0755);
   warmproxy::Options options;
   options.binary = program;
-  const char *reason = "Exec format error";
-  SUBCASE("for what it is") {}
+  std::string reason = "Exec format error";
+  SUBCASE("for its format") {}
   SUBCASE("for its interpreter") {
     write_file(program, "#!/not/there\n");
-    reason = "No such file";
+    reason = "/not/there";
   }
-  SUBCASE("for its directory") {
-    options = fake_target();
-    options.directory = "/not/there";
-    reason = "No such file";
+  SUBCASE("for its interpreter's name with a carriage return") {
+    write_file(program, "#!/bin/sh\r\n");
+    reason = "carriage return";
   }
-  SUBCASE("for it has gone") {
+  SUBCASE("because it does not exist") {
     unlink(program.c_str());
     reason = "no such program";
   }
@@ -192,13 +189,13 @@ TEST_CASE("start errors: the program cannot be executed") {
   const auto response = get(proxy.port());
   CHECK(response.status == 502);
   CHECK(has(response.body, reason));
-  CHECK(children_of(getpid()).size() == 1); // the guard
+  CHECK(children_of(getpid()).size() == 1); // the watchdog process
 }
 
 TEST_CASE("start errors: a fixed port is taken") {
   TemporaryDirectory directory;
   auto options = fake_target({"--count-file", directory / "starts"});
-  SUBCASE("by one that does not listen: the target cannot") {
+  SUBCASE("by a socket that does not listen") {
     const Occupied taken(false);
     options.target_port = taken.port();
     RunningProxy proxy(options);
@@ -206,7 +203,7 @@ TEST_CASE("start errors: a fixed port is taken") {
     CHECK(response.status == 502);
     CHECK(has(response.body, "exited with status 1"));
   }
-  SUBCASE("by one that does not answer: it is taken for the target") {
+  SUBCASE("by a server that does not respond: it is taken for the target") {
     const Occupied taken(true);
     options.target_port = taken.port();
     options.startup_timeout = Milliseconds(300);
@@ -216,7 +213,7 @@ TEST_CASE("start errors: a fixed port is taken") {
     CHECK(has(response.body, "no answer to GET /"));
     CHECK(read_file(directory / "starts") == "");
   }
-  SUBCASE("and freed, then the target gets it") {
+  SUBCASE("and freed: the target gets it") {
     auto taken = std::make_unique<Occupied>(false);
     options.target_port = taken->port();
     RunningProxy proxy(options);

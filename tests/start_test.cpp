@@ -64,17 +64,17 @@ TEST_CASE("start: 200 simultaneous first requests cause one start") {
 
 TEST_CASE("readiness: 503 until ready") {
   const std::vector<std::string> slow = {"--ready-after", "400"};
-  SUBCASE("is not up until its health path says so") {
+  SUBCASE("is not up while its health path responds 503") {
     RunningProxy proxy(fake_target(slow));
     CHECK(get(proxy.port(), "/pid").status == 200);
   }
-  SUBCASE("is up at once where there is no health path") {
+  SUBCASE("is up at once without a health path") {
     auto options = fake_target(slow);
     options.health_path = "";
     RunningProxy proxy(options);
     CHECK(get(proxy.port(), "/pid").status == 503);
   }
-  SUBCASE("is up with any answer below 500") {
+  SUBCASE("is up with any other status") {
     auto options = fake_target(slow);
     options.health_path = "/not-there";
     RunningProxy proxy(options);
@@ -82,14 +82,14 @@ TEST_CASE("readiness: 503 until ready") {
   }
 }
 
-TEST_CASE("readiness: the probe's connection serves the first request") {
+TEST_CASE("readiness: the probe's connection serves no request") {
   auto options = fake_target();
-  SUBCASE("by taking it") { options.health_path = ""; }
-  SUBCASE("by an answer") { options.health_path = "/pid"; }
+  SUBCASE("a connect") { options.health_path = ""; }
+  SUBCASE("a request") { options.health_path = "/pid"; }
   RunningProxy proxy(options);
   RawClient client(proxy.port());
-  CHECK(client.get("/connections").body == "1\n");
-  CHECK(client.get("/connections").body == "1\n");
+  CHECK(client.get("/connections").body == "2\n");
+  CHECK(client.get("/connections").body == "2\n");
 }
 
 TEST_CASE(
@@ -183,8 +183,8 @@ TEST_CASE("start: a server that already listens on the fixed port is used") {
     CHECK(proxy.status().port == port);
     CHECK(read_file(directory / "starts") == "");
 
-    SUBCASE("and not stopped with us") {}
-    SUBCASE("and replaced by the target once it has gone") {
+    SUBCASE("and not stopped with the proxy") {}
+    SUBCASE("and replaced by the target when it has ended") {
       found.signal(SIGKILL);
       found.wait();
       const auto response = get(proxy.port(), "/pid");

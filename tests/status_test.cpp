@@ -76,12 +76,15 @@ TEST_CASE("own responses: disclose no path, argument or variable") {
   options.stop_timeout = Milliseconds(50);
   options.status_path = "/-/status";
   int expected = 502;
+  std::string removed;
   SUBCASE("it cannot be executed") {}
-  SUBCASE("it has gone") { unlink(program.c_str()); }
-  SUBCASE("its directory has gone") { options.directory = secret + "/gone"; }
-  SUBCASE("there is no copy to be made of it") {
-    options.scratch = program + "/s3cret";
+  SUBCASE("it does not exist") { unlink(program.c_str()); }
+  SUBCASE("its directory has been removed") {
+    options.directory = secret + "/gone";
+    REQUIRE(mkdir(options.directory.c_str(), 0755) == 0);
+    removed = options.directory;
   }
+  SUBCASE("it cannot be copied") { options.scratch = program + "/s3cret"; }
   SUBCASE("it ends") {
     options.binary = "/bin/sh";
     options.args = {"-c", "exit 3 # s3cret"};
@@ -92,6 +95,7 @@ TEST_CASE("own responses: disclose no path, argument or variable") {
     expected = 504;
   }
   RunningProxy proxy(options);
+  if (removed != "") { rmdir(removed.c_str()); }
   const auto checked = [&](const std::string &request) {
     const auto response = exchange(proxy.port(), request);
     CAPTURE(response.head + response.body);

@@ -153,14 +153,14 @@ TEST_CASE("tunnel: a megabyte in both directions at once") {
   RawClient client(stage.port());
   client.send(websocket);
   CHECK(client.read_response().status == 101);
-  // It reads only when all is sent, and so does the target.
+  // Both sides read only when everything is sent.
   client.send_generated(size);
   CHECK(client.verify_generated(size) == size);
   CHECK(client.read_exact(3) == "all");
 }
 
 TEST_CASE("tunnel: each direction ends on its own") {
-  SUBCASE("the client's first") {
+  SUBCASE("the client first") {
     Stage stage([](TargetConnection &c) {
       if (c.read_head().empty()) { return; }
       c.send(switching);
@@ -175,7 +175,7 @@ TEST_CASE("tunnel: each direction ends on its own") {
     CHECK(client.read_to_end() == "after the end: last words");
     CHECK(!client.was_reset());
   }
-  SUBCASE("the client's, right behind its head") {
+  SUBCASE("the client, directly after its head") {
     Stage stage([](TargetConnection &c) {
       if (c.read_head().empty()) { return; }
       c.send(switching);
@@ -187,7 +187,7 @@ TEST_CASE("tunnel: each direction ends on its own") {
     client.shutdown_write();
     CHECK(client.read_to_end() == "after the end: last words");
   }
-  SUBCASE("the target's first") {
+  SUBCASE("the target first") {
     Gate ended;
     std::string heard;
     Stage stage([&](TargetConnection &c) {
@@ -206,7 +206,7 @@ TEST_CASE("tunnel: each direction ends on its own") {
     ended.wait();
     CHECK(heard == "after the end");
   }
-  SUBCASE("a megabyte behind the other side's end") {
+  SUBCASE("a megabyte after the end of the other direction") {
     const std::uint64_t size = 1 << 20;
     Stage stage([&](TargetConnection &c) {
       if (c.read_head().empty()) { return; }
@@ -239,7 +239,7 @@ TEST_CASE("tunnel: a reset on one side resets the other") {
     gone.wait();
     CHECK(wait_for([&] { return stage.proxy.status().in_flight == 0; }));
   }
-  SUBCASE("by the target, and it does not look like an end") {
+  SUBCASE("by the target") {
     Stage stage([&](TargetConnection &c) {
       if (c.read_head().empty()) { return; }
       c.send(switching + "last");
@@ -257,8 +257,8 @@ TEST_CASE("tunnel: a reset on one side resets the other") {
   }
 }
 
-// An hour, or as many seconds as WARMPROXY_TEST_IDLE says; by default a few
-// times longer than anything that could time it out is set to here.
+// For WARMPROXY_TEST_IDLE seconds; the default is a few times longer than every
+// time limit that is set here.
 TEST_CASE("tunnel: has no idle timeout") {
   const auto idle = std::chrono::seconds(
       std::atoi(environment_or("WARMPROXY_TEST_IDLE", "1").c_str()));
@@ -278,7 +278,7 @@ TEST_CASE("tunnel: has no idle timeout") {
   CHECK(proxy.status().starts == 1);
   client.shutdown_write();
   CHECK(client.at_end());
-  // Now it may rest.
+  // Now it is idle.
   CHECK(wait_for([&] { return proxy.status().state == "cold"; }));
 }
 
@@ -289,7 +289,7 @@ TEST_CASE(
   ScriptedTarget target([&](TargetConnection &c) {
     if (c.read_head().empty()) { return; }
     c.send(switching);
-    waited.wait(); // it neither reads nor ends
+    waited.wait(); // it neither reads nor closes
   });
   Watched proxy({{"WARMPROXY_BINARY", "/bin/false"},
                  {"WARMPROXY_TARGET_PORT", std::to_string(target.port())},
@@ -297,8 +297,8 @@ TEST_CASE(
   RawClient client(proxy.port());
   client.send(websocket);
   CHECK(client.read_response().status == 101);
-  SUBCASE("behind an end") { client.shutdown_write(); }
-  SUBCASE("behind more than the target takes") {
+  SUBCASE("after a half-close") { client.shutdown_write(); }
+  SUBCASE("after more than the target reads") {
     const std::string large(64u << 20, 'x');
     CHECK_THROWS_AS(client.send(large, Milliseconds(300)), Error);
   }
@@ -319,7 +319,7 @@ TEST_CASE("tunnel: a refused upgrade is an ordinary response") {
     Stage stage(answering(answer));
     RawClient client(stage.port());
     for (int i = 0; i < 2; ++i) {
-      // With what would have been the tunnel's first bytes behind it.
+      // Followed by what would have been the first bytes of the tunnel.
       client.send(websocket + "GET /next HTTP/1.1\r\nHost: test\r\n\r\n");
       for (int part = 0; part < 2; ++part) {
         const auto response = client.read_response();
@@ -390,5 +390,5 @@ TEST_CASE("tunnel: an upgrade after interim responses and other requests") {
   CHECK(client.read_response().status == 101);
   client.send("bytes");
   CHECK(client.read_exact(5) == "bytes");
-  CHECK(get(stage.port()).body == "ok"); // that connection is not used again
+  CHECK(get(stage.port()).body == "ok"); // on a new connection
 }

@@ -343,6 +343,7 @@ struct Function {
     environment.emplace("VERCEL_IPC_PATH", platform.path());
     environment.emplace("PORT", "0");
     environment.emplace("PATH", environment_or("PATH", "/usr/bin:/bin"));
+    environment.emplace("WARMPROXY_PREWARM", "0");
     return environment;
   }
 
@@ -511,7 +512,10 @@ TEST_CASE("vercel: an invocation ends once, whatever fails") {
   SUBCASE("the waiting page") {
     Function function(with(serve_fake({"--ready-after", "600000"}),
                            "WARMPROXY_WAITING_PAGE_AFTER", "10ms"));
-    CHECK(function.request("page", "/", "Accept: text/html\r\n").status == 503);
+    CHECK(function
+              .request("page", "/",
+                       "Sec-Fetch-Dest: document\r\nAccept: text/html\r\n")
+              .status == 503);
     function.finish({"page"});
   }
 }
@@ -698,7 +702,9 @@ TEST_CASE("vercel: internal headers are removed, others forwarded") {
   const std::string internal = Function::identified("a") +
                                "X-Vercel-Internal-Span-Id: s\r\n"
                                "x-vercel-internal-trace-id: t\r\n"
-                               "X-VERCEL-INTERNAL-ANYTHING: 1\r\n";
+                               "X-VERCEL-INTERNAL-ANYTHING: 1\r\n"
+                               "x-vercel-sc-headers: {\"a\":1}\r\n"
+                               "X-Vercel-Sc-Host: cache\r\n";
   const std::string others = "x-vercel-id: fra1::x\r\n"
                              "x-vercel-ip-country: DE\r\n"
                              "x-forwarded-for: 192.0.2.7\r\n"
@@ -708,7 +714,7 @@ TEST_CASE("vercel: internal headers are removed, others forwarded") {
   Function function(serve_attached(target));
   CHECK(function.request("a", "/", internal + others).status == 200);
   CHECK(target.request(0).head ==
-        "GET / HTTP/1.1\r\nHost: test\r\n" + others + "\r\n");
+        "GET / HTTP/1.1\r\nHost: example.org\r\n" + others + "\r\n");
 
   // What the platform did not send is filled in.
   CHECK(get(function.port).status == 200);
@@ -879,7 +885,8 @@ TEST_CASE("vercel: a refused connection ends its invocation, too") {
   std::list<RawClient> inside;
   for (int i = 0; i < 4; ++i) {
     inside.emplace_back(function.port);
-    CHECK(inside.back().get("/_vercel/ping").status == 200);
+    inside.back().send("GET /sse?n=2&gate=/never HTTP/1.1\r\nHost: x\r\n\r\n");
+    inside.back().read_until("data: 1");
   }
   CHECK(function.request("refused").status == 503);
   CHECK(function.platform.ended("refused"));

@@ -33,7 +33,7 @@ TEST_CASE("watchdog: SIGKILL at any moment of a start or a stop") {
                  {{"WARMPROXY_PREWARM", "1"},
                   {"WARMPROXY_STOP_TIMEOUT", "20ms"},
                   {"WARMPROXY_IDLE_STOP", "10ms"}});
-    // It goes up and down by itself in some 40 ms.
+    // It starts and stops the target in about 40 ms.
     RawClient client(proxy.port());
     client.send("GET /pid HTTP/1.1\r\nHost: test\r\n\r\n");
     const auto until =
@@ -53,12 +53,12 @@ TEST_CASE("watchdog: without it the target is still stopped") {
     if (pid != proxy.pid()) { kill(pid, SIGKILL); }
   }
   CHECK(get(proxy.port()).status == 200);
-  SUBCASE("with SIGTERM to us") {
+  SUBCASE("on SIGTERM to warmproxy") {
     proxy.signal(SIGTERM);
     CHECK(proxy.wait() == 0);
   }
-  SUBCASE("when it dies") {
-    // One that dies alone, and is started again.
+  SUBCASE("after a crash of the target") {
+    // It dies alone and is started again.
     const auto pid = std::atol(get(proxy.port(), "/pid").body.c_str());
     kill_one(pid);
     CHECK(wait_for([&] { return get(proxy.port(), "/pid").status == 200; }));
