@@ -119,3 +119,60 @@ TEST_CASE("retry: a connection that ends after an interim response") {
   CHECK(client.read_response().status == 103);
   CHECK(client.read_response().status == 502);
 }
+
+TEST_CASE("retry: Content-Length: 0 is no body") {
+  for (const std::string method : {"GET", "HEAD", "OPTIONS", "TRACE"}) {
+    CAPTURE(method);
+    Stage stage(playing({sending_and_closing(""), sending(ok(""))}));
+    CHECK(exchange(stage.port(), method + " / HTTP/1.1\r\nHost: test\r\n"
+                                          "Content-Length: 0\r\n\r\n")
+              .status == 200);
+    CHECK(stage.target.requests().size() == 2);
+  }
+}
+
+TEST_CASE("retry: other methods are never repeated, with or without a body") {
+  for (const std::string method : {"POST", "PUT", "DELETE", "PATCH", "get"}) {
+    CAPTURE(method);
+    Stage stage(playing({sending_and_closing(""), sending(ok())}));
+    CHECK(exchange(stage.port(), method + " / HTTP/1.1\r\nHost: test\r\n\r\n")
+              .status == 502);
+    CHECK(stage.target.requests().size() == 1);
+  }
+}
+
+TEST_CASE("retry: nothing is sent more than three times") {
+  const std::size_t idle = 6;
+  std::atomic<std::size_t> waiting{0};
+  std::atomic<bool> dead{false};
+  // Each connection serves one request and is closed during the next. In the
+  // end new connections are closed as well.
+  Stage stage([&](TargetConnection &c) {
+    if (c.read_head().empty() || dead) { return; }
+    ++waiting;
+    if (!wait_for([&] { return waiting >= idle; })) { return; }
+    c.send(ok());
+    c.read_head();
+  });
+  std::list<RawClient> clients;
+  for (std::size_t i = 0; i < idle; ++i) {
+    clients.emplace_back(stage.port());
+    clients.back().send(plain);
+  }
+  for (auto &client : clients) {
+    CHECK(client.read_response().status == 200);
+  }
+  CHECK(wait_for([&] { return stage.proxy.status().in_flight == 0; }));
+  SUBCASE("stale connections and a good target") {
+    CHECK(clients.front().get("/again").status == 200);
+  }
+  SUBCASE("stale connections and a target that never responds") {
+    dead = true;
+    CHECK(clients.front().get("/again").status == 502);
+  }
+  std::size_t sent = 0;
+  for (const auto &request : stage.target.requests()) {
+    sent += request.head.find("GET /again ") == 0;
+  }
+  CHECK(sent <= 3);
+}

@@ -124,3 +124,257 @@ TEST_CASE("reuse: a target that serves one connection at a time") {
     CHECK(clients.back().read_response(false, less_than_that).status == 200);
   }
 }
+
+// A body sent behind the response to HEAD would become the next response.
+TEST_CASE("reuse: a body sent late after a response to HEAD is nobody's") {
+  const std::string poison =
+      "HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison";
+  Gate received, sent;
+  Stage stage([&](TargetConnection &c) {
+    for (auto head = c.read_head(); !head.empty(); head = c.read_head()) {
+      if (head.find("HEAD ") == 0) {
+        c.send("HTTP/1.1 200 OK\r\nContent-Length: 45\r\n\r\n");
+        received.wait();
+        c.send(poison);
+        sent.open();
+      } else {
+        c.send(ok("good"));
+      }
+    }
+  });
+  RawClient client(stage.port());
+  CHECK(client.exchange("HEAD / HTTP/1.1\r\nHost: test\r\n\r\n").status == 200);
+  received.open();
+  SUBCASE("another client") { CHECK(get(stage.port()).body == "good"); }
+  SUBCASE("the same client") { CHECK(client.get().body == "good"); }
+  sent.wait();
+  CHECK(client.get().body == "good");
+}
+
+TEST_CASE("reuse: not after a response with a body that it must not have") {
+  const struct {
+    std::string name, response;
+    bool reused;
+  } cases[] = {
+      {"a 204", "HTTP/1.1 204 None\r\n\r\n", true},
+      {"a 204 with a length", "HTTP/1.1 204 None\r\nContent-Length: 5\r\n\r\n",
+       false},
+      {"a 204 with chunks",
+       "HTTP/1.1 204 None\r\nTransfer-Encoding: chunked\r\n\r\n", false},
+      {"a 304", "HTTP/1.1 304 Same\r\n\r\n", true},
+      {"a 304 with a length", "HTTP/1.1 304 Same\r\nContent-Length: 5\r\n\r\n",
+       false},
+      {"a 304 with chunks",
+       "HTTP/1.1 304 Same\r\nTransfer-Encoding: chunked\r\n\r\n", false},
+      {"a repaired header line",
+       "HTTP/1.1 200 OK\r\nX : 1\r\nContent-Length: 0\r\n\r\n", false},
+      {"a repaired length", "HTTP/1.1 200 OK\r\nContent-Length: 2, 2\r\n\r\nok",
+       false},
+      {"repaired chunks",
+       "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0 \r\n\r\n",
+       false},
+      {"a length beside chunks",
+       "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: 9\r\n"
+       "\r\n0\r\n\r\n",
+       false},
+  };
+  for (const auto &c : cases) {
+    CAPTURE(c.name);
+    Stage stage(answering(c.response));
+    RawClient client(stage.port());
+    for (int i = 0; i < 3; ++i) {
+      CHECK(client.get().complete);
+    }
+    CHECK(connections_used(stage) == (c.reused ? 1 : 3));
+  }
+}
+
+TEST_CASE("reuse: not after an upgrade that was not granted") {
+  Stage stage(telling());
+  RawClient client(stage.port());
+  CHECK(
+      client.get("/", "Connection: Upgrade\r\nUpgrade: websocket\r\n").status ==
+      200);
+  CHECK(client.get().status == 200);
+  CHECK(connections_used(stage) == 2);
+  CHECK(client.get().status == 200);
+  CHECK(connections_used(stage) == 2);
+}
+
+TEST_CASE("reuse: clients of HTTP/1.0 and 1.1 share connections") {
+  Stage stage(telling());
+  for (int i = 0; i < 5; ++i) {
+    RawClient client(stage.port());
+    CHECK(client.exchange("GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+              .status == 200);
+    CHECK(exchange(stage.port(), "GET / HTTP/1.0\r\n\r\n").status == 200);
+    CHECK(client.get().status == 200);
+    CHECK(wait_for([&] { return stage.proxy.status().in_flight == 0; }));
+  }
+  CHECK(connections_used(stage) == 1);
+}
+
+// ---- private connections ---------------------------------------------------
+
+// Many servers do not read the body of a request that they redirect or refuse,
+// and take it for the next request.
+TEST_CASE("reuse: an unread body is not another client's request") {
+  const std::string hidden = "GET /hidden HTTP/1.1\r\nHost: test\r\n\r\n";
+  const auto length =
+      "Content-Length: " + std::to_string(hidden.size()) + "\r\n\r\n";
+  const struct {
+    std::string name, request;
+  } cases[] = {
+      {"a POST", "POST /form HTTP/1.1\r\nHost: test\r\n" + length + hidden},
+      {"a GET", "GET /form HTTP/1.1\r\nHost: test\r\n" + length + hidden},
+      {"a DELETE", "DELETE /form HTTP/1.1\r\nHost: test\r\n" + length + hidden},
+      {"an HTTP/1.0 client",
+       "POST /form HTTP/1.0\r\nConnection: keep-alive\r\n" + length + hidden},
+      {"chunks", "POST /form HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: "
+                 "chunked\r\n\r\n24\r\n" +
+                     hidden + "\r\n0\r\n\r\n"},
+  };
+  for (const auto &c : cases) {
+    CAPTURE(c.name);
+    Stage stage([](TargetConnection &connection) {
+      for (auto head = connection.read_head(); !head.empty();
+           head = connection.read_head()) {
+        const auto begin = head.find(" /") + 1;
+        const auto path = head.substr(begin, head.find(' ', begin) - begin);
+        if (path == "/form") {
+          connection.send("HTTP/1.1 303 See Other\r\nLocation: /\r\n"
+                          "Content-Length: 0\r\n\r\n");
+        } else {
+          connection.send(ok(path));
+        }
+      }
+    });
+    for (int i = 0; i < 10; ++i) {
+      RawClient client(stage.port()), other(stage.port());
+      CHECK(other.get("/before").body == "/before");
+      CHECK(client.exchange(c.request).status == 303);
+      CHECK(other.get("/other").body == "/other");
+      CHECK(get(stage.port(), "/new").body == "/new");
+    }
+  }
+}
+
+TEST_CASE("reuse: a connection that carried a body stays with its client") {
+  Stage stage(telling());
+  auto client = std::make_unique<RawClient>(stage.port());
+  CHECK(client->post("/", "x").status == 200);
+  const auto own = stage.last().connection;
+  CHECK(client->get().status == 200);
+  CHECK(stage.last().connection == own);
+  RawClient other(stage.port());
+  CHECK(other.get().status == 200);
+  CHECK(stage.last().connection != own);
+  CHECK(client->get().status == 200);
+  CHECK(stage.last().connection == own);
+  // It is closed with the client's.
+  CHECK(wait_for([&] { return stage.proxy.status().in_flight == 0; }));
+  const auto open = stage.target.open();
+  client.reset();
+  CHECK(wait_for([&] { return stage.target.open() == open - 1; }));
+  CHECK(other.get().status == 200);
+  CHECK(stage.last().connection != own);
+}
+
+TEST_CASE(
+    "reuse: behind a front, no connection that carried a body is reused") {
+  Stage stage(telling(),
+              [](warmproxy::Options &options) { options.trust_proxy = true; });
+  RawClient client(stage.port());
+  for (int i = 0; i < 3; ++i) {
+    CHECK(client.post("/", "x").status == 200);
+    const auto used = stage.last().connection;
+    CHECK(client.get().status == 200);
+    CHECK(stage.last().connection != used);
+  }
+}
+
+namespace {
+
+// Logs in the connection, as NTLM does: whoever sends a request on it is alice.
+ScriptedTarget::Handler logging_in(const std::string &scheme,
+                                   bool closes = false) {
+  return [=](TargetConnection &c) {
+    bool alice = false;
+    for (auto head = c.read_head(); !head.empty(); head = c.read_head()) {
+      c.read_body(head);
+      if (!header_of(head, "Authorization").empty()) { alice = true; }
+      const bool is_head = head.find("HEAD ") == 0;
+      const std::string last = closes && alice ? "Connection: close\r\n" : "";
+      const auto response =
+          alice ? ok("alice", last)
+                : "HTTP/1.1 401 No\r\nWWW-Authenticate: " + scheme +
+                      "\r\nContent-Length: 0\r\n\r\n";
+      c.send(is_head ? response.substr(0, response.find("\r\n\r\n") + 4)
+                     : response);
+    }
+  };
+}
+
+} // namespace
+
+TEST_CASE("reuse: a connection that NTLM or Negotiate logged in is private") {
+  for (const std::string scheme : {"NTLM", "Negotiate", "negotiate"}) {
+    CAPTURE(scheme);
+    Stage stage(logging_in(scheme));
+    RawClient client(stage.port());
+    CHECK(client.get().status == 401);
+    CHECK(client.get("/", "Authorization: " + scheme + " TlRMTVNTUAAB\r\n")
+              .body == "alice");
+    const auto own = stage.last().connection;
+    for (int i = 0; i < 5; ++i) {
+      CHECK(get(stage.port()).status == 401);
+    }
+    // Her own requests stay on it, without credentials and whatever they are.
+    CHECK(client.get().body == "alice");
+    CHECK(client.post("/", "x").body == "alice");
+    CHECK(client.exchange("HEAD / HTTP/1.1\r\nHost: test\r\n\r\n").status ==
+          200);
+    CHECK(client.get().body == "alice");
+    CHECK(stage.last().connection == own);
+  }
+}
+
+TEST_CASE("reuse: when a logged-in connection ends, the client's ends, too") {
+  Stage stage(logging_in("NTLM", true));
+  RawClient client(stage.port());
+  const auto response = client.get("/", "Authorization: NTLM TlRMTVNTUAAB\r\n");
+  CHECK(response.body == "alice");
+  CHECK(response.header("Connection") == "close");
+  CHECK(client.at_end());
+}
+
+// ---- requests that must not be sent twice ----------------------------------
+
+TEST_CASE(
+    "reuse: a target that closes 3 ms after each response loses no POST") {
+  Stage stage([](TargetConnection &c) {
+    const auto head = c.read_head();
+    if (head.empty()) { return; }
+    c.read_body(head);
+    c.send(ok());
+    poll(nullptr, 0, 3); // what is tested: an unannounced close
+  });
+  RawClient client(stage.port());
+  for (int i = 0; i < 100; ++i) {
+    const auto response = client.post("/", i % 2 ? "x" : "");
+    CHECK(response.status == 200);
+    if (i % 3 == 0) { poll(nullptr, 0, i % 7); }
+  }
+}
+
+TEST_CASE(
+    "reuse: POSTs share connections once the target is known to keep them") {
+  Stage stage(telling());
+  RawClient client(stage.port());
+  std::size_t before = 0;
+  CHECK(wait_for([&] {
+    CHECK(client.post("/", "").status == 200);
+    const auto used = stage.last().connection;
+    return std::exchange(before, used) == used;
+  }));
+}
