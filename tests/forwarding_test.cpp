@@ -136,3 +136,88 @@ TEST_CASE("forwarding: a client cannot spoof its address, scheme or host") {
     CHECK(header_of(headers, "X-Forwarded-Host") == "test");
   }
 }
+
+TEST_CASE("forwarding: headers of proxies are not taken from clients") {
+  const std::string lines = "Forwarded: for=10.0.0.1;proto=https\r\n"
+                            "X-Real-IP: 10.0.0.1\r\n"
+                            "x-forwarded-port: 443\r\n"
+                            "X-Forwarded-Prefix: /evil\r\n"
+                            "X-Forwarded-Scheme: https\r\n"
+                            "X-Forwarded-Server: evil\r\n"
+                            "X_Forwarded_For: 10.0.0.1\r\n"
+                            "X_Real_IP: 10.0.0.1\r\n"
+                            "X-Real_IP: 10.0.0.1\r\n"
+                            "Proxy: http://evil/\r\n";
+  Stage stage(answering(ok()));
+  CHECK(get(stage.port(), "/", lines + "Via: 1.1 x\r\n").status == 200);
+  CHECK(without_forwarded(stage.last().head) ==
+        "GET / HTTP/1.1\r\nHost: test\r\nVia: 1.1 x\r\n\r\n");
+  std::size_t forwarded = 0;
+  for (const auto &h : headers_of(stage.last().head)) {
+    forwarded += same_name(h.first.substr(0, 12), "X-Forwarded-");
+  }
+  CHECK(forwarded == 3); // -For, -Host, -Proto
+}
+
+TEST_CASE("forwarding: an ignored X-Forwarded-Proto: https is logged once") {
+  Stage stage(answering(ok()));
+  for (int i = 0; i < 3; ++i) {
+    CHECK(get(stage.port(), "/", "X-Forwarded-Proto: https\r\n").status == 200);
+  }
+  CHECK(stage.proxy.logged("WARMPROXY_TRUST_PROXY"));
+  std::size_t lines = 0;
+  for (const auto &line : stage.proxy.log_lines()) {
+    lines += has(line, "WARMPROXY_TRUST_PROXY");
+  }
+  CHECK(lines == 1);
+}
+
+TEST_CASE("forwarding: with trust_proxy the headers of a proxy are kept") {
+  Stage stage(answering(ok()), [](warmproxy::Options &options) {
+    options.trust_proxy = true;
+    options.strip_prefix = "/app";
+  });
+  const auto sent = [&](const std::string &lines,
+                        const std::string &target = "/") {
+    CHECK(get(stage.port(), target, lines).status == 200);
+    return headers_of(stage.last().head);
+  };
+  SUBCASE("none: filled in") {
+    const auto headers = sent("");
+    CHECK(header_of(headers, "X-Forwarded-For") == "127.0.0.1");
+    CHECK(header_of(headers, "X-Forwarded-Host") == "test");
+    CHECK(header_of(headers, "X-Forwarded-Proto") == "http");
+  }
+  SUBCASE("all") {
+    const auto headers =
+        sent("X-Forwarded-Proto: https\r\nX-Forwarded-Host: example.org\r\n"
+             "X-Forwarded-Port: 443\r\nX-Real-IP: 192.0.2.7\r\n"
+             "X-Forwarded-For: 192.0.2.7\r\n");
+    CHECK(header_of(headers, "X-Forwarded-Proto") == "https");
+    CHECK(header_of(headers, "X-Forwarded-Host") == "example.org");
+    CHECK(header_of(headers, "X-Forwarded-Port") == "443");
+    CHECK(header_of(headers, "X-Real-IP") == "192.0.2.7");
+    CHECK(header_of(headers, "X-Forwarded-For") == "192.0.2.7, 127.0.0.1");
+    CHECK(header_of(headers, "Host") == "test");
+  }
+  SUBCASE("several X-Forwarded-For lines are joined") {
+    const auto headers = sent("X-Forwarded-For: 192.0.2.7\r\nA: 1\r\n"
+                              "x-forwarded-for: 192.0.2.8, 192.0.2.9\r\n");
+    CHECK(count_of(headers, "X-Forwarded-For") == 1);
+    CHECK(header_of(headers, "X-Forwarded-For") ==
+          "192.0.2.7, 192.0.2.8, 192.0.2.9, 127.0.0.1");
+  }
+  SUBCASE("Forwarded replaces X-Forwarded-Proto") {
+    const auto headers = sent("Forwarded: for=192.0.2.7;proto=https\r\n");
+    CHECK(header_of(headers, "Forwarded") == "for=192.0.2.7;proto=https");
+    CHECK(count_of(headers, "X-Forwarded-Proto") == 0);
+  }
+  SUBCASE("X-Forwarded-Prefix gets ours appended") {
+    const auto headers = sent("X-Forwarded-Prefix: /outer\r\n", "/app/x");
+    CHECK(count_of(headers, "X-Forwarded-Prefix") == 1);
+    CHECK(header_of(headers, "X-Forwarded-Prefix") == "/outer, /app");
+  }
+  SUBCASE("Proxy is removed all the same") {
+    CHECK(count_of(sent("Proxy: http://evil/\r\n"), "Proxy") == 0);
+  }
+}
