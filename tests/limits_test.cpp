@@ -248,3 +248,47 @@ TEST_CASE("limits: no process is left for the target") {
   CHECK(wait_for([&] { return inside.get("/pid").status == 200; }));
   serves(proxy);
 }
+
+TEST_CASE("limits: the longest idle connection makes room for a new one") {
+  auto options = fake_target();
+  options.max_connections = 8;
+  RunningProxy proxy(options);
+  std::list<RawClient> idle;
+  for (int i = 0; i < 8; ++i) {
+    idle.emplace_back(proxy.port());
+    CHECK(idle.back().get("/pid").status == 200);
+  }
+  // The first one is the most recently used now.
+  CHECK(idle.front().get("/pid").status == 200);
+  for (int i = 0; i < 20; ++i) {
+    RawClient client(proxy.port());
+    CHECK(client.get("/pid").status == 200);
+    if (i == 0) {
+      CHECK(std::next(idle.begin())->at_end());
+      CHECK(!idle.front().readable());
+      CHECK(!idle.back().readable());
+    }
+  }
+}
+
+TEST_CASE("limits: a connection with a request in progress makes no room") {
+  auto options = fake_target();
+  options.max_connections = 2;
+  RunningProxy proxy(options);
+  TemporaryDirectory directory;
+  const auto gate = directory / "gate";
+  RawClient stream(proxy.port()), idle(proxy.port());
+  stream.send("GET /sse?n=2&gate=" + gate + " HTTP/1.1\r\nHost: test\r\n\r\n");
+  stream.read_until("data: 1\n\n");
+  CHECK(idle.get("/pid").status == 200);
+  RawClient first(proxy.port());
+  CHECK(first.get("/pid").status == 200);
+  CHECK(idle.at_end());
+  first.send("GET /slow?ms=600000 HTTP/1.1\r\nHost: test\r\n\r\n");
+  CHECK(wait_for([&] { return proxy.status().in_flight == 2; }));
+  const auto refused = get(proxy.port(), "/pid");
+  CHECK(refused.status == 503);
+  CHECK(refused.header("Retry-After") != "");
+  write_file(gate, "");
+  stream.read_until("0\r\n\r\n");
+}
