@@ -183,3 +183,122 @@ TEST_CASE("drain: signals that the parent ignores stay ignored") {
   proxy.signal(SIGTERM);
   CHECK(proxy.wait() == 0);
 }
+
+// npm, cross-env, dotenv-cli and tsx pass SIGTERM on to the server that they
+// started; a second one ends many servers at once.
+TEST_CASE("drain: SIGTERM reaches a server once, launched directly or not") {
+  TemporaryDirectory directory;
+  const auto signals = directory / "signals";
+  const std::vector<std::string> polite = {"--polite", "--term-file", signals};
+  auto launched = polite;
+  launched.push_back("--launcher");
+  for (const auto &args : {polite, launched}) {
+    CAPTURE(args.size());
+    for (const std::string path : {"/sse?n=2&gate=/never", "/ws", "/pid"}) {
+      CAPTURE(path);
+      unlink(signals.c_str());
+      Marked proxy(args);
+      RawClient client(proxy.port());
+      client.send("GET " + path +
+                  " HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\n"
+                  "Upgrade: echo\r\n\r\n");
+      if (path == "/pid") {
+        CHECK(client.read_response().status == 200);
+      } else {
+        client.read_until(path == "/ws" ? "\r\n\r\n" : "data: 1\n\n");
+      }
+      proxy.signal(SIGTERM);
+      if (path == "/ws") {
+        CHECK(client.read_to_end() == "bye");
+      } else if (path != "/pid") {
+        client.read_until("0\r\n\r\n");
+      }
+      client.close();
+      CHECK(proxy.wait() == 0);
+      CHECK(read_file(signals) == "SIGTERM\nexit\n");
+      CHECK(proxy.nothing_left());
+    }
+  }
+}
+
+// A plain shell dies of SIGTERM, and its child has to be told then.
+TEST_CASE("drain: the rest of the process group gets SIGTERM, too") {
+  TemporaryDirectory directory;
+  const auto signals = directory / "signals";
+  warmproxy::Options options;
+  options.binary = "/bin/sh";
+  options.args = {"-c", "\"$0\" --polite --term-file \"$1\" & wait",
+                  built("fake"), signals};
+  options.stop_timeout = Milliseconds(4000);
+  RunningProxy proxy(options);
+  CHECK(get(proxy.port(), "/pid").status == 200);
+  const auto group = static_cast<pid_t>(proxy.status().pid);
+  proxy.stop();
+  CHECK(read_file(signals) == "SIGTERM\nexit\n");
+  CHECK(children_in_group(group).empty());
+}
+
+TEST_CASE("drain: after a crash the rest of the group gets SIGTERM first") {
+  TemporaryDirectory directory;
+  const auto signals = directory / "signals", ready = directory / "ready";
+  warmproxy::Options options;
+  options.binary = "/bin/sh";
+  options.args = {"-c",
+                  "(trap 'echo SIGTERM >>\"$1\"; exit' TERM; : >\"$2\"; "
+                  "while :; do sleep 0.02; done) & exec \"$0\"",
+                  built("fake"), signals, ready};
+  options.stop_timeout = Milliseconds(4000);
+  RunningProxy proxy(options);
+  CHECK(get(proxy.port(), "/pid").status == 200);
+  CHECK(wait_for([&] { return access(ready.c_str(), F_OK) == 0; }));
+  const auto group = static_cast<pid_t>(proxy.status().pid);
+  kill_one(group);
+  CHECK(wait_for([&] { return children_in_group(group).empty(); }));
+  CHECK(read_file(signals) == "SIGTERM\n");
+  CHECK(wait_for([&] { return get(proxy.port(), "/pid").status == 200; }));
+}
+
+// Some servers exit only when all connections are closed.
+TEST_CASE("drain: idle upstream connections are closed before SIGTERM") {
+  auto options = fake_target({"--polite"});
+  options.stop_timeout = Milliseconds(15000);
+  SUBCASE("by stop() of an embedding program that keeps the Proxy") {
+    RunningProxy proxy(options);
+    std::list<RawClient> clients;
+    for (int i = 0; i < 10; ++i) {
+      clients.emplace_back(proxy.port());
+      // One private upstream connection, one shared.
+      CHECK(clients.back().post("/echo", "x").status == 200);
+      CHECK(clients.back().get("/pid").status == 200);
+    }
+    CHECK(proxy.stop());
+    CHECK(proxy.status().last_exit == "exited with status 0");
+  }
+  SUBCASE("on idle stop") {
+    options.idle_stop = Milliseconds(100);
+    RunningProxy proxy(options);
+    RawClient client(proxy.port());
+    CHECK(client.post("/echo", "x").status == 200);
+    CHECK(client.get("/pid").status == 200);
+    CHECK(wait_for([&] { return proxy.status().state == "cold"; }));
+    CHECK(proxy.status().last_exit == "exited with status 0");
+  }
+}
+
+// With a target that does not end its streams on SIGTERM, requests get half of
+// the budget, and everything ends with it.
+TEST_CASE("drain: a request finishes beside streams that do not end") {
+  TemporaryDirectory directory;
+  Marked proxy({"--ignore-term"}, {{"WARMPROXY_STOP_TIMEOUT", "3s"}});
+  RawClient stream(proxy.port()), client(proxy.port());
+  stream.send("GET /sse?n=2&gate=" + (directory / "gate") +
+              " HTTP/1.1\r\nHost: test\r\n\r\n");
+  stream.read_until("data: 1\n\n");
+  client.send("GET /slow?ms=500 HTTP/1.1\r\nHost: test\r\n\r\n");
+  proxy.signal(SIGTERM);
+  CHECK(client.read_response().body == "slow\n");
+  CHECK(proxy.wait() == 0);
+  stream.read_to_end();
+  CHECK(stream.was_reset());
+  CHECK(proxy.nothing_left());
+}

@@ -4,6 +4,25 @@
 
 using namespace support;
 
+namespace {
+
+std::size_t zombies_of(pid_t parent) {
+  std::size_t count = 0;
+  auto *dir = opendir("/proc");
+  if (!dir) { fail("/proc"); }
+  while (auto *entry = readdir(dir)) {
+    const auto pid = static_cast<pid_t>(std::atol(entry->d_name));
+    if (pid > 0 && proc_status(pid, "PPid") == parent &&
+        read_file(proc_file(pid, "cmdline")).empty()) {
+      ++count;
+    }
+  }
+  closedir(dir);
+  return count;
+}
+
+} // namespace
+
 TEST_CASE("PID 1: orphans are reaped") {
   const std::string alone = "unshare -p -f --kill-child ";
   if (!can(alone + "true")) { return; }
@@ -27,18 +46,54 @@ TEST_CASE("PID 1: orphans are reaped") {
              std::string::npos;
     }));
   }
-  std::size_t zombies = 0;
-  if (auto *dir = opendir("/proc")) {
-    while (auto *entry = readdir(dir)) {
-      const auto pid = static_cast<pid_t>(std::atol(entry->d_name));
-      if (pid > 0 && proc_status(pid, "PPid") == first &&
-          read_file(proc_file(pid, "cmdline")).empty()) {
-        ++zombies;
-      }
-    }
-    closedir(dir);
-  }
-  CHECK(zombies == 0);
+  CHECK(zombies_of(first) == 0);
   kill(first, SIGTERM);
   CHECK(proxy.wait() == 0);
+}
+
+TEST_CASE("PID 1: orphans are reaped while the target runs") {
+  const std::string alone = "unshare -p -f --kill-child ";
+  if (!can(alone + "true")) { return; }
+  TemporaryDirectory directory;
+  auto environment = serve_fake();
+  environment["WARMPROXY_BINARY"] = "/bin/sh";
+  // Twenty processes whose parents end before them.
+  environment["WARMPROXY_ARGS"] =
+      "-c 'for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do "
+      "((sleep 0.3; echo >>" +
+      (directory / "orphans") + ")& ); done; exec " + built("fake") + "'";
+  Within proxy("exec " + alone + "\"$@\"", environment);
+  const auto all = children_of(proxy.pid());
+  REQUIRE(all.size() == 1);
+  const auto first = all.front();
+  CHECK(get(proxy.port(), "/pid").status == 200);
+  CHECK(wait_for(
+      [&] { return lines_of(read_file(directory / "orphans")).size() == 20; }));
+  CHECK(wait_for([&] { return zombies_of(first) == 0; }));
+  // The status of the target is still known.
+  get(proxy.port(), "/crash");
+  CHECK(proxy.printed("exited with status 7"));
+  CHECK(wait_for([&] { return get(proxy.port(), "/pid").status == 200; }));
+  kill(first, SIGTERM);
+  CHECK(proxy.wait() == 0);
+}
+
+TEST_CASE("PID 1: a second signal ends it at once") {
+  const std::string alone = "unshare -p -f --kill-child ";
+  if (!can(alone + "true")) { return; }
+  auto environment = serve_fake({"--ignore-term"});
+  environment["WARMPROXY_STOP_TIMEOUT"] = "10m";
+  environment["MARK"] = "second-" + std::to_string(getpid());
+  Within proxy("exec " + alone + "\"$@\"", environment);
+  const auto all = children_of(proxy.pid());
+  REQUIRE(all.size() == 1);
+  CHECK(get(proxy.port(), "/pid").status == 200);
+  kill(all.front(), SIGTERM);
+  CHECK(proxy.printed("stopping"));
+  CHECK(wait_for([&] {
+    kill(all.front(), SIGTERM);
+    return !proxy.running();
+  }));
+  CHECK(wait_for(
+      [&] { return processes_with("MARK=" + environment["MARK"]).empty(); }));
 }
