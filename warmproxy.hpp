@@ -1,49 +1,77 @@
+// warmproxy.hpp: a lazy-starting reverse proxy.
 //
-//  warmproxy.hpp
+// The first request starts an existing HTTP server program (the target).
+// warmproxy waits until the target is ready and then proxies everything to it,
+// byte for byte. It is built for places where a server is only wanted while
+// somebody uses it: serverless functions, containers that scale to zero, small
+// servers.
 //
-//  Runs a finished HTTP server program where only "a function" is allowed: the
-//  first request starts it, we wait until it is up, then hand every byte
-//  through.
+// How a request travels; the sections below follow the same order:
 //
-//  The way of a request, which is also the order of this file:
+//   client -- Server -- Connection -- Supervisor -- Exchange -- target
 //
-//    client -- Listener -- Loop -- Connection -- Supervisor -- Upstream --
-//    target
+//   Server      accepts connections and gives each one to an event loop.
+//   Connection  reads one request head, strictly, and either answers it, lends
+//               it to an own route, or runs an Exchange.
+//   Supervisor  owns the target's whole life on a thread of its own: cold,
+//               starting, up, stopping. Requests wait for it to report "up" and
+//               never touch the process.
+//   Exchange    sends the request to the target and pumps bytes in both
+//               directions until the framing says that the message is complete,
+//               or until either side closes after a 101. Uploads, streams,
+//               early responses and WebSockets all use this one pump. Each
+//               direction has one buffer.
 //
-//    1. Listener accepts, and gives each connection to a Loop: a thread a
-//       processor, in which whatever has news goes on until it would have to
-//       wait.
-//    2. Connection reads one request head, strictly, and knows its framing.
-//    3. Supervisor, one thread, owns the target's whole life. Requests wait for
-//       it to say "up"; none of them ever touches the process.
-//    4. The head goes to the target with a few lines changed, and one pump
-//       moves bytes in both directions until the framing says done, or for
-//       ever after a 101. Streams, uploads, early answers and WebSockets are
-//       all this one pump. Nothing is buffered beyond one block a direction.
+// RFC 9110 defines the semantics of HTTP, RFC 9112 its messages on the wire.
 //
-//  RFC 9110 is HTTP's semantics, RFC 9112 its messages on the wire.
+// Out of scope: TLS and HTTP/2 (the platform's edge or a front proxy does
+// them), caching, compression, load balancing, CONNECT, Windows.
 //
-//  Refused on purpose: TLS and HTTP/2 to the client (the platform's edge does
-//  them), caching, compression, load balancing, and CONNECT.
-//
-//  Copyright (c) 2026 warmproxy contributors. MIT License.
-//
+// SPDX-License-Identifier: MIT
+// Copyright (c) 2026 warmproxy contributors
 
 #ifndef WARMPROXY_HPP
 #define WARMPROXY_HPP
 
-#define WARMPROXY_VERSION "0.1.0"
+#define WARMPROXY_VERSION "0.2.0"
+#define WARMPROXY_VERSION_MAJOR 0
+#define WARMPROXY_VERSION_MINOR 2
+#define WARMPROXY_VERSION_PATCH 0
+
+// ---- Requirements ----------------------------------------------------------
+
+#if defined(_WIN32)
+#error "warmproxy.hpp needs a POSIX system; Windows is not supported."
+#endif
+#if __cplusplus < 201703L
+#error "warmproxy.hpp needs C++17 or later: compile with -std=c++17."
+#endif
+#if !defined(__cpp_exceptions)
+#error                                                                         \
+    "warmproxy.hpp reports errors by exceptions: compile without -fno-exceptions."
+#endif
 
 #include "httplib.h"
 
+#ifndef CPPHTTPLIB_VERSION
+#error "warmproxy.hpp needs cpp-httplib (0.11.4 or later) as httplib.h."
+#endif
+
+#include <arpa/inet.h>
+#include <dirent.h>
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <sys/types.h>
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -62,15 +90,20 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
+#include <exception>
 #include <filesystem>
 #include <functional>
+#include <initializer_list>
 #include <limits>
 #include <list>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <set>
 #include <stdexcept>
@@ -78,140 +111,1964 @@
 #include <string_view>
 #include <system_error>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
-extern char **environ; // POSIX has it, no header of POSIX declares it
+// ---- Limits ----------------------------------------------------------------
+
+// Bytes of a request or response head. RFC 9112, section 3 asks for at least
+// 8,000 bytes of request line; 64 KB is where the strictest common servers
+// stop.
+#ifndef WARMPROXY_MAX_HEAD_SIZE
+#define WARMPROXY_MAX_HEAD_SIZE 65536
+#endif
+// Header lines of a head. Each costs about 60 bytes of bookkeeping, so that
+// 64 KB of "a:" would take a megabyte. Node takes 2000, Apache and HAProxy 100.
+#ifndef WARMPROXY_MAX_HEADER_LINES
+#define WARMPROXY_MAX_HEADER_LINES 1000
+#endif
+// Options that Connection may list: every header line is compared with each.
+#ifndef WARMPROXY_MAX_CONNECTION_OPTIONS
+#define WARMPROXY_MAX_CONNECTION_OPTIONS 100
+#endif
+// Bytes read from a socket at once: the memory that a busy stream holds.
+#ifndef WARMPROXY_READ_SIZE
+#define WARMPROXY_READ_SIZE 32768
+#endif
+// Milliseconds from the first byte of a request head to its last: bounds how
+// long slow heads can hold a connection.
+#ifndef WARMPROXY_HEAD_TIMEOUT
+#define WARMPROXY_HEAD_TIMEOUT 30000
+#endif
+// Milliseconds that a client gets to read a response of our own.
+#ifndef WARMPROXY_SEND_TIMEOUT
+#define WARMPROXY_SEND_TIMEOUT 75000
+#endif
+// Milliseconds after which an idle upstream connection is closed. Node and
+// uvicorn close theirs after 5 s, most servers after 60 s.
+#ifndef WARMPROXY_UPSTREAM_IDLE_TIMEOUT
+#define WARMPROXY_UPSTREAM_IDLE_TIMEOUT 20000
+#endif
+// Milliseconds after which an upstream connection without a response may be
+// blocked by idle ones, since some servers serve one connection at a time.
+#ifndef WARMPROXY_STALL_TIMEOUT
+#define WARMPROXY_STALL_TIMEOUT 250
+#endif
+// Milliseconds of grace after a client half-closes: most such clients are gone,
+// but one that merely finished sending still gets a prompt response.
+#ifndef WARMPROXY_HALF_CLOSE_GRACE
+#define WARMPROXY_HALF_CLOSE_GRACE 100
+#endif
+// Milliseconds after which a second readiness probe may be put beside one that
+// the target has accepted but not answered.
+#ifndef WARMPROXY_PROBE_PATIENCE
+#define WARMPROXY_PROBE_PATIENCE 15000
+#endif
+// Reads or writes of one connection before the others have their turn.
+#ifndef WARMPROXY_OPERATIONS_PER_TURN
+#define WARMPROXY_OPERATIONS_PER_TURN 8
+#endif
+// Upstream connections that an event loop may hold beyond its number of client
+// connections, so that clients that come for one request find one, too.
+#ifndef WARMPROXY_SPARE_UPSTREAMS
+#define WARMPROXY_SPARE_UPSTREAMS 4
+#endif
+// Event loops: one per CPU, but not more than this. Four saturate most targets.
+#ifndef WARMPROXY_MAX_LOOPS
+#define WARMPROXY_MAX_LOOPS 4
+#endif
+// How often one request may be sent to the target in all.
+#ifndef WARMPROXY_MAX_ATTEMPTS
+#define WARMPROXY_MAX_ATTEMPTS 3
+#endif
 
 namespace warmproxy {
+inline namespace v0_2_0 {
 
-// What to run, when it is up, where we listen and what we say. Every field can
-// be left as it is but `binary`. options_from_env() reads each from
-// WARMPROXY_<FIELD>, in capitals, but for `env`, `log` and `error`.
+// ---- The public API --------------------------------------------------------
+
+// Options::target_port: whichever port the program opens.
+inline constexpr int any_port = -1;
+
+// What to run, when it counts as ready, where to listen, and what to answer.
+// Only `binary` is required. options_from_env() reads each field but `env`,
+// `log` and `error` from WARMPROXY_<FIELD>. A duration of 0 means what its
+// comment says; milliseconds::max() means "never" for every duration.
 struct Options {
-  // The program to run. With a '/' in it, it is looked for from the current
-  // directory, then beside this executable; without one, on PATH.
+  // The program to run. With a '/', it is looked for relative to the current
+  // directory, then relative to the directory of this executable; without one,
+  // on PATH. Required.
   std::string binary;
-  // Its arguments; "{port}" in one stands for the target's port.
+  // The program's arguments. "{port}" in an argument is replaced with the
+  // target's port, and must not be used with `any_port`.
   std::vector<std::string> args;
-  // The port it listens on, on 127.0.0.1 or ::1. 0: a free one is picked at
-  // each start. The target is told it as $PORT in any case. If something
-  // answers on a port given here before we start the target, we serve from
-  // that and start nothing.
+  // The port on which the program listens, on 127.0.0.1 or ::1. The default, 0,
+  // picks a free port for every start. The port is always exported as $PORT. If
+  // a fixed port already accepts connections, the server there is used and
+  // nothing is started. `any_port` uses the one port that the program's process
+  // group opens (Linux only); with several open ports none is used, since one
+  // of them may be a debugger.
   int target_port = 0;
-  // Added to the target's environment, over what is inherited; "{port}" as
-  // above. HOST, WARMPROXY_* and VERCEL_IPC_PATH are never inherited.
+  // Variables added to the program's environment; they override inherited ones.
+  // "{port}" is replaced as in `args`. Never inherited: HOST, HOSTNAME,
+  // WARMPROXY_* and VERCEL_IPC_PATH, which are meant for the proxy.
   std::map<std::string, std::string> env;
-  // Its working directory; "": ours.
+  // The program's working directory; it must exist. Default: the current one.
   std::string directory;
-  // Where to make a writable copy of `directory` before the first start, to
-  // run the target in. "": it is run in place. A binary that lies within
-  // `directory` is run from the copy too, for many write beside themselves.
-  // A file that is newer in the copy is kept.
+  // Run the program in a writable copy of `directory`, made in a folder below
+  // this one, for platforms whose file system is read-only. There is one copy
+  // for each release of `directory`; what the program writes stays with it.
+  // Default: no copy.
   std::string scratch;
-  // Taken off the front of the path, on a segment boundary, and told to the
-  // target as X-Forwarded-Prefix. "": nothing.
+  // A path prefix to remove from request targets, on a segment boundary. The
+  // target learns it as X-Forwarded-Prefix, and the paths in Location,
+  // Content-Location and WebDAV's Destination are mapped. Default: none.
   std::string strip_prefix;
-  // Start the target when we begin to listen, not with the first request.
+  // Start the program when we begin to listen instead of with the first
+  // request. Default: false; serve() sets it on Vercel unless
+  // WARMPROXY_PREWARM says otherwise.
   bool prewarm = false;
 
-  // The target is up when GET of this path answers with a status below 500,
-  // for some listen long before they can serve. "": when it accepts a
-  // connection.
+  // Readiness probe: the path to GET until the target answers with a status
+  // other than 502, 503 and 504. Many servers listen before they can serve.
+  // Empty: a successful TCP connect is enough. With the default, a target that
+  // still answers 502 to 504 at the end of `startup_timeout` is used as it is.
   std::string health_path = "/";
-  // How long a start may take before it is given up and answered 504. 45 s:
-  // under the 60 s at which many platforms' edges give up on us.
+  // How long a start may take before it is given up and answered with 504.
+  // Default: 45 s, below the 60 s at which many edges give up on us. Above 0.
   std::chrono::milliseconds startup_timeout{45000};
-  // How long the target has between SIGTERM and SIGKILL, both sent to its
-  // whole process group; and running requests, between stop() and their end.
-  std::chrono::milliseconds stop_timeout{10000};
-  // The target is stopped when it had nothing to do for so long, counted from
-  // the end of the last request, stream or tunnel. 0: never.
+  // The budget for stopping: running requests may finish, then the target gets
+  // SIGTERM, and SIGKILL goes to its process group at the end. Default: 8 s,
+  // below the 10 s of `docker stop`. 0 kills at once.
+  std::chrono::milliseconds stop_timeout{8000};
+  // Stop the target after this much time without a request, stream or tunnel.
+  // 0, the default: never.
   std::chrono::milliseconds idle_stop{0};
+  // On Vercel: how long a request that may have changed something (any method
+  // but GET, HEAD, OPTIONS and TRACE) counts as running after its response, so
+  // that the instance is not frozen while the target still sends mail. The
+  // client does not wait. 0, the default: not at all.
+  std::chrono::milliseconds background_work{0};
 
-  // Where serve() listens. Port 0: a free one, named in the log.
+  // The address and port on which serve() listens. Port 0 picks a free port,
+  // which is logged. Default: 0.0.0.0:3000.
   std::string host = "0.0.0.0";
   int port = 3000;
-  // Client connections at once; more are answered 503. It is lowered to what
-  // the limit on open files has room for, two each.
+  // The number of simultaneous client connections, at least 1. When it is
+  // reached, the connection that has been idle for longest makes room; where
+  // none is idle, new ones are answered with 503. Lowered to what the limit on
+  // open files allows, two for each connection. Default: 1024.
   std::size_t max_connections = 1024;
+  // Idle timeout of client connections. A load balancer in front must have a
+  // shorter one, or it sends requests into connections that are just closing.
+  // Default: 75 s, as nginx has it. 0: never, as always on Vercel.
+  std::chrono::milliseconds keep_alive_timeout{75000};
+  // Believe the forwarding headers (X-Forwarded-*, Forwarded, X-Real-IP) of
+  // whoever connects. Set it only if all clients come through a proxy that sets
+  // them. Default: false, they are replaced with what we know ourselves.
+  bool trust_proxy = false;
 
-  // The origins whose pages may use the target, as "https://example.org"; "*"
-  // is any. {}: CORS is left to the target. Otherwise preflights are answered
-  // here, and the origin is echoed with credentials allowed: with "*", any page
-  // can use a visitor's cookies.
+  // Origins whose pages may use the target, as "https://example.org"; "*"
+  // stands for any. Preflight requests are then answered here, and the origin
+  // is echoed with credentials allowed: "*" lets every page act with a
+  // visitor's cookies. Default: empty, CORS is left to the target.
   std::vector<std::string> cors_origins;
-  // How long a CDN may keep scripts and style sheets. 0: what the target says.
+  // How long a CDN may keep scripts and style sheets. 0, the default: whatever
+  // the target says.
   std::chrono::seconds cdn_cache{0};
-  // A person (a GET for a page) who would wait longer than this for a start
-  // sees a page that says so and moves on by itself. 0: never.
+  // Browser navigations that wait longer than this for a start get a
+  // self-refreshing "starting up" page. Default: 5 s. 0: never.
   std::chrono::milliseconds waiting_page_after{5000};
-  // The path at which we answer our own status, as JSON, or as Prometheus
-  // metrics for who asks so. "": none. Anyone who reaches us can read it.
+  // The path of our own status: JSON, or Prometheus metrics where Accept or
+  // "?format=prometheus" asks for them. Anyone who can connect can read it.
+  // Default: empty, none.
   std::string status_path;
-  // Takes each message, one line without its end, from any thread. Empty: they
-  // go to stderr behind "[warmproxy] ".
+  // Receives each log line, without a line end, from any thread. It should not
+  // block; what it throws is ignored. Default: stderr, prefixed "[warmproxy] ".
   std::function<void(std::string_view)> log;
 
-  // What options_from_env() could not read, naming variable and value; serve()
-  // prints it and returns 2, Proxy throws it.
+  // Filled by options_from_env(): the variable that could not be read, and its
+  // value. serve() prints it and returns 2; Proxy throws it.
   std::string error;
 };
 
-// A moment's view of a Proxy.
+// A snapshot of a Proxy.
 struct Status {
-  std::string state = "cold";          // or "starting", "up", "stopping"
-  long pid = 0;                        // of the target; 0: none, or not ours
-  int port = 0;                        // the target's; 0: none picked yet
-  std::uint64_t starts = 0;            // times it was started, or found running
-  std::string last_exit;               // how it ended last; "": it never did
-  std::chrono::milliseconds up_for{0}; // 0 unless up
-  std::chrono::milliseconds last_start{0}; // how long the last good start took
-  std::uint64_t requests = 0;              // handed to the target so far
-  std::size_t in_flight = 0;   // requests, streams, tunnels with it now
-  std::size_t connections = 0; // of clients, open now
+  std::string state = "cold"; // "cold", "starting", "up" or "stopping"
+  long pid = 0;               // of the target; 0: none, or not started by us
+  int port = 0;               // of the target; 0: not known yet
+  std::uint64_t starts = 0;   // starts so far, servers found running included
+  std::string last_exit;      // how the target ended last; empty: it never did
+  std::chrono::milliseconds up_for{0};     // time since it became ready, if up
+  std::chrono::milliseconds last_start{0}; // duration of the last good start
+  std::uint64_t requests = 0;              // requests sent to the target so far
+  std::size_t in_flight = 0;   // requests, streams and tunnels it serves now
+  std::size_t connections = 0; // open client connections
 };
+
+// A listening socket and the target behind it, for use within a program.
+//
+//   warmproxy::Options options;
+//   options.binary = "./server";
+//   warmproxy::Proxy proxy(options);
+//   proxy.routes("/own").Get("/own/time", handler);
+//   proxy.listen("0.0.0.0", 8080);
+//
+// The child process is the Proxy's alone: a program that reaps all children or
+// ignores SIGCHLD hides how the target ended. cpp-httplib ignores SIGPIPE for
+// the whole process once a Server exists, which a Proxy relies on.
+class Proxy {
+public:
+  // Throws std::invalid_argument, naming the field, for options that cannot be
+  // served; std::system_error if threads or descriptors run out.
+  explicit Proxy(Options options);
+  // Stops, waits for listen_after_bind() to return in any thread, and stops the
+  // target.
+  ~Proxy();
+  Proxy(const Proxy &) = delete;
+  Proxy &operator=(const Proxy &) = delete;
+
+  // Binds and serves until stop(). Returns false if it cannot bind or can no
+  // longer accept. A Proxy listens once: a second call returns false.
+  bool listen(const std::string &host, int port);
+  // Binds to a free port and returns it, or -1.
+  int bind_to_any_port(const std::string &host);
+  // Serves until stop(). Returns when the last request has finished, or has
+  // been aborted because Options::stop_timeout was over, and the target has
+  // stopped.
+  bool listen_after_bind();
+  // Callable from any thread; does not wait. A stopped Proxy stays stopped.
+  void stop();
+  Status status() const;
+
+  // Own routes: requests for `prefix` and the paths below it, on a segment
+  // boundary, are answered by the returned cpp-httplib server on its thread
+  // pool. They never start the target and do not count as use of it. The
+  // longest prefix wins; the same prefix returns the same server. Prefixes are
+  // compared with the path as sent, before Options::strip_prefix.
+  //
+  // The server's listen(), stop(), is_running(), WebSocket handlers, its time
+  // limits for reading and writing, its keep-alive settings and its mount
+  // points outside `prefix` have no effect here; register routes, error
+  // handlers, its payload limit and new_task_queue as usual, before listening.
+  //
+  // Throws std::invalid_argument for "" and "/" (use a Server of your own
+  // instead) and std::logic_error once the Proxy listens.
+  httplib::Server &routes(std::string prefix);
+
+  // Called for every other request, on an event loop, before it is proxied and
+  // before the target is started. HandlerResponse::Handled sends `res`;
+  // Unhandled proxies the request. `req` has method, target, path, params,
+  // headers and remote address, but no body, and `res` may have a body but no
+  // content provider. The handler must not block: it holds up other
+  // connections. An exception is answered with 500. Throws std::logic_error
+  // once the Proxy listens.
+  void set_pre_routing_handler(httplib::Server::HandlerWithResponse handler);
+
+private:
+  class Impl;
+  friend int serve(Options, int, const char *const *);
+
+  std::unique_ptr<Impl> impl_;
+};
+
+// Returns `defaults`, overridden by the environment: WARMPROXY_<FIELD>, PORT
+// and HOST. Unset variables keep the defaults; an empty one is an empty text or
+// list. WARMPROXY_ARGS is split like a shell command line, quotes included;
+// durations are 500ms, 45s, 10m, 2h or 30d; WARMPROXY_TARGET_PORT may be `auto`
+// (any_port). If WARMPROXY_BINARY is set, the defaults' `args` and
+// `target_port` belong to another program and are reset. What cannot be read is
+// reported in Options::error. A WARMPROXY_ variable that is no setting is
+// logged as a warning, except those that Kubernetes sets for a Service named
+// "warmproxy".
+Options options_from_env(Options defaults);
+
+// For main(): listens on Options::host and Options::port until SIGTERM, SIGINT
+// or SIGHUP, drains, stops the target and returns 0. Returns 1 if it cannot
+// listen or is out of a resource at the start, and 2 for bad settings or a
+// program that cannot be run. A second signal ends it at once. As PID 1 it also
+// reaps orphans. On Vercel (VERCEL_IPC_PATH is set) it keeps to the runtime's
+// contract.
+//
+// With main()'s arguments it answers --help and --version, and takes a command
+// like tini and env do: `warmproxy [--] ./server --port {port}` sets `binary`
+// and `args`, and `target_port` to 0 unless WARMPROXY_TARGET_PORT is set.
+int serve(Options options, int argc = 0, const char *const *argv = nullptr);
+
+// ============================================================================
+// A user of the header reads no further.
+// ============================================================================
 
 namespace detail {
 
-using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
-using Log = std::function<void(std::string_view)>;
+using std::chrono::seconds;
 
-// RFC 9112, section 3 asks for 8,000 bytes of request line at least; 64 KB of
-// head is where the strictest of common targets stop too.
-inline constexpr std::size_t max_head = 64 * 1024;
-// A line costs us 48 bytes beside its own, so that 64 KB of "a:" would be a
-// megabyte. Node takes 2000, Apache and HAProxy about 100.
-inline constexpr std::size_t max_fields = 1000;
-// Of what Connection names; each line is compared with all of it.
-inline constexpr std::size_t max_hop = 100;
-// Of a body at once: what a busy stream keeps of memory.
-inline constexpr std::size_t max_portion = 32 * 1024;
-// A client that has sent nothing for so long is let go; nginx's default.
-inline constexpr std::chrono::seconds idle_limit{75};
-// From a head's first byte to its last: what slow heads can hold us for.
-inline constexpr std::chrono::seconds head_limit{30};
-// A target's connection kept longer than this is as good as closed: Node and
-// uvicorn close theirs after 5 s, most after 60 s.
-inline constexpr std::chrono::seconds kept_limit{20};
-// Within this time, one is good enough also for what must not be sent twice.
-inline constexpr milliseconds fresh_limit{1000};
-// A client that sends no more has most likely gone, and is never answered then;
-// but one that only said all it had to say gets an answer that comes at once.
-inline constexpr milliseconds farewell_limit{100};
-// What one connection may move before the others have their turn.
-inline constexpr int portions_a_turn = 8;
-// A Loop has no more connections to the target than to clients, but for these:
-// clients that come for one request each find one, too.
-inline constexpr std::size_t spare_upstreams = 4;
-// A target that says nothing for so long may be waiting for the end of a
-// connection that we only keep: some serve one at a time.
-inline constexpr milliseconds stall_limit{250};
-// Threads that serve connections: one a processor, but no more than these.
-inline constexpr unsigned max_loops = 4;
-// How often a request may be handed over before its target is to blame.
-inline constexpr int max_attempts = 5;
+// ---- Text ------------------------------------------------------------------
+
+// RFC 9110, section 5.1: names are case-insensitive, in ASCII whatever the
+// locale.
+inline char to_lower(char c) {
+  return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
+}
+
+inline bool equals_ignore_case(std::string_view a, std::string_view b) {
+  return a.size() == b.size() &&
+         std::equal(a.begin(), a.end(), b.begin(),
+                    [](char x, char y) { return to_lower(x) == to_lower(y); });
+}
+
+inline bool starts_with(std::string_view text, std::string_view prefix) {
+  return text.substr(0, prefix.size()) == prefix;
+}
+
+inline bool starts_with_ignore_case(std::string_view text,
+                                    std::string_view prefix) {
+  return equals_ignore_case(text.substr(0, prefix.size()), prefix);
+}
+
+inline bool ends_with(std::string_view text, std::string_view suffix) {
+  return text.size() >= suffix.size() &&
+         text.substr(text.size() - suffix.size()) == suffix;
+}
+
+inline bool contains(std::string_view text, std::string_view part) {
+  return text.find(part) != std::string_view::npos;
+}
+
+inline std::string_view trim(std::string_view text) {
+  const auto begin = text.find_first_not_of(" \t");
+  if (begin == std::string_view::npos) { return {}; }
+  return text.substr(begin, text.find_last_not_of(" \t") - begin + 1);
+}
+
+// The part before the first `end`, or all of it.
+inline std::string_view until(std::string_view text, char end) {
+  return text.substr(0, text.find(end));
+}
+
+template <typename... Parts>
+void append(std::string &out, const Parts &...parts) {
+  (out.append(parts), ...);
+}
+
+template <typename... Parts> std::string concat(const Parts &...parts) {
+  std::string out;
+  append(out, parts...);
+  return out;
+}
+
+// Calls `function` with each element of a comma-separated list.
+template <typename F> void for_each_element(std::string_view list, F function) {
+  while (!list.empty()) {
+    const auto element = until(list, ',');
+    if (const auto trimmed = trim(element); !trimmed.empty()) {
+      function(trimmed);
+    }
+    list.remove_prefix(std::min(element.size() + 1, list.size()));
+  }
+}
+
+// Whether a comma-separated list has this element, in any case.
+inline bool list_contains(std::string_view list, std::string_view wanted) {
+  bool found = false;
+  for_each_element(list, [&](std::string_view element) {
+    found |= equals_ignore_case(element, wanted);
+  });
+  return found;
+}
+
+// Reads a decimal number without a sign. Returns false, and leaves `number`
+// alone, if `text` is none or does not fit.
+template <typename N> bool to_number(std::string_view text, N &number) {
+  N n = 0;
+  for (const char c : text) {
+    const auto digit = static_cast<N>(c - '0');
+    if (c < '0' || c > '9' ||
+        n > (std::numeric_limits<N>::max() - digit) / 10) {
+      return false;
+    }
+    n = n * 10 + digit;
+  }
+  if (text.empty()) { return false; }
+  number = n;
+  return true;
+}
+
+inline bool is_control(char c) {
+  return (static_cast<unsigned char>(c) < 0x20 && c != '\t') || c == 0x7f;
+}
+
+inline bool has_control(std::string_view text) {
+  return std::any_of(text.begin(), text.end(), is_control);
+}
+
+inline bool is_token(char c) { // RFC 9110, section 5.6.2
+  return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') ||
+         (c >= 'A' && c <= 'Z') ||
+         (c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c));
+}
+
+inline bool is_token(std::string_view text) {
+  return !text.empty() && std::all_of(text.begin(), text.end(),
+                                      [](char c) { return is_token(c); });
+}
+
+inline void replace_all(std::string &text, std::string_view from,
+                        std::string_view to) {
+  for (auto at = text.find(from); at != std::string::npos;
+       at = text.find(from, at + to.size())) {
+    text.replace(at, from.size(), to);
+  }
+}
+
+template <typename N> std::string decimal(N number) {
+  return std::to_string(number);
+}
+
+template <typename Duration> std::string fixed(Duration duration, int digits) {
+  char text[40];
+  std::snprintf(text, sizeof(text), "%.*f", digits,
+                static_cast<double>(duration.count()));
+  return text;
+}
+
+template <typename Duration> std::string in_milliseconds(Duration duration) {
+  return fixed(std::chrono::duration<double, std::milli>(duration), 1);
+}
+
+template <typename Duration> std::string in_seconds(Duration duration) {
+  return fixed(std::chrono::duration<double>(duration), 2);
+}
+
+inline std::string json_string(std::string_view text) {
+  std::string out = "\"";
+  for (const char c : text) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (c == '"' || c == '\\') {
+      out += '\\';
+      out += c;
+    } else if (byte < 0x20 || byte >= 0x7f) {
+      char escaped[8];
+      std::snprintf(escaped, sizeof(escaped), "\\u%04x", unsigned{byte});
+      out += escaped;
+    } else {
+      out += c;
+    }
+  }
+  return out += '"';
+}
+
+// Makes text of unknown origin fit for one log line.
+inline std::string printable(std::string text) {
+  std::replace_if(text.begin(), text.end(), is_control, '?');
+  return text;
+}
+
+inline std::string error_text(int error) { return std::strerror(error); }
+
+// ---- Shared by all sections ------------------------------------------------
+
+// Options with what is derived from them. Every section reads the settings from
+// here.
+struct Config : Options {
+  bool on_vercel = false;
+  std::string prefix; // strip_prefix as "/a/b" or ""
+
+  // Whether the forwarding headers of whoever connects are believed. They then
+  // name the client, and many clients may share a connection.
+  bool behind_front() const { return trust_proxy || on_vercel; }
+};
+
+// "/a/b" or "", however many slashes the user wrote around it.
+inline std::string normalized_prefix(std::string_view prefix) {
+  while (ends_with(prefix, "/")) {
+    prefix.remove_suffix(1);
+  }
+  if (prefix.empty()) { return {}; }
+  return starts_with(prefix, "/") ? std::string(prefix) : concat("/", prefix);
+}
+
+// Whether the path of a request target is `prefix` or lies below it.
+inline bool is_below(std::string_view request_target, std::string_view prefix) {
+  if (!starts_with(request_target, prefix)) { return false; }
+  const auto rest = request_target.substr(prefix.size());
+  return rest.empty() || rest[0] == '/' || rest[0] == '?';
+}
+
+// ---- HTTP/1: framing, heads ------------------------------------------------
+
+// Finds where a message's body ends, in bytes that arrive in any portions.
+class Framing {
+public:
+  enum class Mode { none, length, chunked, until_close, tunnel };
+
+  Framing() = default;
+  explicit Framing(Mode mode, std::uint64_t length = 0)
+      : left_(length), mode_(mode),
+        done_(mode == Mode::none || (mode == Mode::length && length == 0)) {}
+  // A target's chunked body: blanks around a chunk's size and before the colon
+  // of a trailer are accepted, but must not be sent on.
+  static Framing forgiving_chunked() {
+    Framing framing(Mode::chunked);
+    framing.forgiving_ = true;
+    return framing;
+  }
+
+  // Returns how many of `bytes` belong to the body. Stops behind its end,
+  // before a byte that makes it malformed(), or before a blank that must not be
+  // sent on: see at_superfluous(). Appends the content, without chunks, to
+  // `content` if that is given; superfluous blanks are then taken like the
+  // rest.
+  std::size_t take(std::string_view bytes, std::string *content = nullptr);
+
+  Mode mode() const { return mode_; }
+  bool done() const { return done_; }
+  bool malformed() const { return state_ == State::malformed; }
+  // The next byte is a blank that must not be sent on: the caller erases it and
+  // calls take() again.
+  bool at_superfluous() const { return at_superfluous_; }
+  // Whether there was such a blank.
+  bool corrected() const { return corrected_; }
+  void close() { done_ = true; }
+
+private:
+  // The position in the grammar of RFC 9112, section 7.1: the next byte is ...
+  enum class State : unsigned char {
+    size_first, // the first digit of a chunk's size
+    size,       // a further one, or the end of the size
+    size_blank, // behind a blank that follows the size
+    extension,  // in a chunk extension
+    size_lf,    // the LF of a size line
+    data,       // in a chunk's data
+    data_cr,    // the CR behind the data
+    data_lf,    // the LF behind the data
+    line_first, // the first of a trailer line, or of the empty one
+    name,       // in a trailer's name
+    name_blank, // behind a blank that follows the name
+    value,      // in a trailer's value
+    value_lf,   // the LF of a trailer line
+    last_lf,    // the LF of the empty line
+    malformed
+  };
+
+  std::size_t take_chunked(std::string_view bytes, std::string *content);
+  std::size_t take_content(std::string_view bytes, std::string *content);
+  bool skip_blank(char c);
+  State step(char c);
+  State step_size(char c);
+  bool is_value(char c) const;
+
+  std::uint64_t left_ = 0;   // bytes of the body, or of this chunk
+  std::size_t overhead_ = 0; // bytes of this size line, or of the trailers
+  Mode mode_ = Mode::none;
+  State state_ = State::size_first;
+  bool done_ = true;
+  bool forgiving_ = false;
+  bool at_superfluous_ = false;
+  bool corrected_ = false;
+};
+
+// The field names that mean something to us. Some stand for a family.
+enum class FieldName : unsigned char {
+  other,
+  accept,
+  accept_language,
+  access_control_allow, // Access-Control-Allow-*
+  access_control_request_headers,
+  access_control_request_method,
+  authorization,
+  cache_control, // CDN-Cache-Control and Vercel-CDN-Cache-Control, too
+  connection,
+  content_length,
+  content_location,
+  content_type,
+  destination,
+  disguised, // a forwarding header with '_' for '-'
+  expect,
+  forwarded,
+  host,
+  http2_settings,
+  keep_alive,
+  location,
+  origin,
+  proxy,
+  proxy_connection,
+  sec_fetch_dest,
+  set_cookie,
+  te,
+  transfer_encoding,
+  upgrade,
+  upgrade_insecure_requests,
+  vary,
+  vercel_private, // x-vercel-internal-* and x-vercel-sc-*
+  warmproxy_wait,
+  www_authenticate,
+  x_forwarded_for,
+  x_forwarded_host,
+  x_forwarded_other, // any other X-Forwarded-*
+  x_forwarded_prefix,
+  x_forwarded_proto,
+  x_real_ip,
+};
+
+// A header line: its parts, and the whole as it is sent on.
+struct Field {
+  FieldName id;
+  std::string_view name, value, line;
+};
+
+// A message's head. Its views point into `text`.
+struct Head {
+  Head() = default;
+  Head(const Head &) = delete;
+  Head &operator=(const Head &) = delete;
+
+  std::string text;
+  int minor = 1;             // of HTTP/1.x
+  std::vector<Field> fields; // in their order
+  std::vector<std::string_view> connection_options;
+  std::uint64_t content_length = 0;
+  Framing framing;         // of the body that follows
+  bool keep_alive = false; // as the version and Connection say
+
+  const Field *find(FieldName id) const;
+  const Field *find(std::string_view name) const;
+  // Of the first such field; "" if there is none.
+  std::string_view value(FieldName id) const;
+  std::string_view value(std::string_view name) const;
+  bool has_option(std::string_view option) const;
+  bool is_hop_by_hop(const Field &field) const;
+};
+
+struct RequestHead : Head {
+  std::string_view method;
+  std::string_view target;    // request target in origin-form, or "*"
+  std::string_view authority; // of a request target in absolute-form
+  bool upgrade = false;       // it asks for an upgrade that is passed on
+
+  std::string_view path() const { return until(target, '?'); }
+  bool is_safe() const { // RFC 9110, section 9.2.1
+    return method == "GET" || method == "HEAD" || method == "OPTIONS" ||
+           method == "TRACE";
+  }
+};
+
+struct ResponseHead : Head {
+  int status = 0;
+  std::string_view reason; // with the status: "200 OK"
+  bool switching = false;  // 101
+  // Something had to be repaired, or announced a body that must not be there,
+  // so that the connection must not be reused. Covers all heads that were
+  // parsed into this object: a 1xx counts for the final response.
+  bool corrected = false;
+  std::vector<std::string> repairs; // of this head, for the log
+};
+
+// Why a head is refused, and with which status.
+struct Refusal {
+  int status = 0; // 0: it is not refused
+  const char *reason = "";
+  explicit operator bool() const { return status != 0; }
+};
+
+// Returns where the head that begins `bytes` ends, behind its empty line; 0:
+// not yet. Nothing before `from` is searched again.
+inline std::size_t head_end(std::string_view bytes, std::size_t from = 0);
+// Refuses the beginning of a head that can never become a request.
+inline Refusal early_refusal(std::string_view bytes);
+// After a refusal, `head` has a method at most.
+inline Refusal parse_request(std::string text, RequestHead &head);
+inline Refusal parse_response(std::string text, std::string_view request_method,
+                              ResponseHead &head);
+
+// What the writers must know besides the heads.
+struct Forwarding {
+  const Config &config;
+  std::string_view client_address;
+  std::string_view target_authority; // "127.0.0.1:8080"
+  int target_port;
+};
+
+// Whether `strip_prefix` is removed from this request's target.
+inline bool strips_prefix(const RequestHead &request, const Config &config);
+// Whether whoever connects says that the client uses TLS, and is not believed.
+inline bool ignores_forwarded_https(const RequestHead &request,
+                                    const Config &config);
+// Whether credentials of NTLM or Negotiate are exchanged: they log in the
+// connection, not the request.
+inline bool authenticates_connection(const Head &head);
+inline void write_request_head(const RequestHead &request,
+                               const Forwarding &forwarding, std::string &out);
+// The request as own routes and the pre-routing handler see it: with the
+// request target, version and framing of the client, without hop-by-hop fields.
+inline void write_own_request_head(const RequestHead &request,
+                                   const Forwarding &forwarding,
+                                   std::string &out);
+// `keep_alive`: whether the client's connection outlives the response.
+// `server_timing`: a complete header line, or "". For HTTP/1.0 clients the body
+// goes out without chunks, so there is no Transfer-Encoding.
+inline void write_response_head(const RequestHead &request,
+                                const ResponseHead &response,
+                                const Forwarding &forwarding, bool keep_alive,
+                                std::string_view server_timing,
+                                std::string &out);
+// The CORS header lines of a response to `request`.
+inline void write_cors(const RequestHead &request, const Config &config,
+                       std::string &out);
+
+// ---- Framing
+
+inline std::size_t Framing::take(std::string_view bytes, std::string *content) {
+  at_superfluous_ = false;
+  if (done_) { return 0; }
+  if (mode_ == Mode::chunked) { return take_chunked(bytes, content); }
+  if (mode_ != Mode::length) { left_ = bytes.size(); }
+  const auto taken = take_content(bytes, content);
+  done_ = mode_ == Mode::length && left_ == 0;
+  return taken;
+}
+
+inline std::size_t Framing::take_content(std::string_view bytes,
+                                         std::string *content) {
+  const auto n =
+      static_cast<std::size_t>(std::min<std::uint64_t>(left_, bytes.size()));
+  if (content) { content->append(bytes.substr(0, n)); }
+  left_ -= n;
+  return n;
+}
+
+inline std::size_t Framing::take_chunked(std::string_view bytes,
+                                         std::string *content) {
+  std::size_t taken = 0;
+  while (taken < bytes.size() && !done_) {
+    if (state_ == State::data) {
+      taken += take_content(bytes.substr(taken), content);
+      if (left_ == 0) { state_ = State::data_cr; }
+      continue;
+    }
+    if (forgiving_ && skip_blank(bytes[taken])) {
+      corrected_ = true;
+      at_superfluous_ = !content;
+      if (at_superfluous_) { break; }
+    } else {
+      state_ = step(bytes[taken]);
+      if (malformed()) { break; }
+    }
+    ++taken;
+  }
+  return taken;
+}
+
+// Whether this is a blank where strictly there must be none, and harmless.
+inline bool Framing::skip_blank(char c) {
+  if ((c != ' ' && c != '\t') || overhead_ == WARMPROXY_MAX_HEAD_SIZE) {
+    return false;
+  }
+  switch (state_) {
+  case State::size: state_ = State::size_blank; break;
+  case State::name: state_ = State::name_blank; break;
+  case State::size_first:
+  case State::size_blank:
+  case State::name_blank: break;
+  default: return false;
+  }
+  ++overhead_;
+  return true;
+}
+
+// RFC 9110, section 5.5: other control characters are bad style in what a
+// target sends, but mean nothing.
+inline bool Framing::is_value(char c) const {
+  return forgiving_ ? c != '\0' && c != '\n' : !is_control(c);
+}
+
+// RFC 9112, section 7.1, strictly: lenient readers of a bare LF or of white
+// space here are how requests get smuggled.
+inline Framing::State Framing::step(char c) {
+  if (++overhead_ > WARMPROXY_MAX_HEAD_SIZE) { return State::malformed; }
+  const auto expect = [c](char expected, State next) {
+    return c == expected ? next : State::malformed;
+  };
+  switch (state_) {
+  case State::size_first:
+  case State::size:
+  case State::size_blank: return step_size(c);
+  case State::extension:
+    if (c == '\r') { return State::size_lf; }
+    return is_control(c) ? State::malformed : State::extension;
+  case State::size_lf:
+    overhead_ = 0;
+    return expect('\n', left_ ? State::data : State::line_first);
+  case State::data_cr: return expect('\r', State::data_lf);
+  case State::data_lf: overhead_ = 0; return expect('\n', State::size_first);
+  case State::line_first:
+    if (c == '\r') { return State::last_lf; }
+    return is_token(c) ? State::name : State::malformed;
+  case State::name:
+    if (is_token(c)) { return State::name; }
+    [[fallthrough]];
+  case State::name_blank: return expect(':', State::value);
+  case State::value:
+    if (c == '\r') { return State::value_lf; }
+    return is_value(c) ? State::value : State::malformed;
+  case State::value_lf: return expect('\n', State::line_first);
+  case State::last_lf:
+    done_ = c == '\n';
+    return expect('\n', State::size_first);
+  case State::data:
+  case State::malformed: break;
+  }
+  return State::malformed;
+}
+
+inline Framing::State Framing::step_size(char c) {
+  const auto digit = c >= '0' && c <= '9'   ? c - '0'
+                     : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                     : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                            : -1;
+  if (digit >= 0 && state_ != State::size_blank) {
+    if (left_ >> 59) { return State::malformed; } // 2^63 is no size
+    left_ = left_ * 16 + static_cast<unsigned>(digit);
+    return State::size;
+  }
+  if (state_ == State::size_first) { return State::malformed; }
+  if (c == ';') { return State::extension; }
+  return c == '\r' ? State::size_lf : State::malformed;
+}
+
+// ---- Fields
+
+struct KnownField {
+  std::string_view name;
+  FieldName id;
+};
+
+inline constexpr KnownField known_fields[] = {
+    // the shortest first
+    {"TE", FieldName::te},
+    {"Host", FieldName::host},
+    {"Vary", FieldName::vary},
+    {"Proxy", FieldName::proxy},
+    {"Accept", FieldName::accept},
+    {"Expect", FieldName::expect},
+    {"Origin", FieldName::origin},
+    {"Upgrade", FieldName::upgrade},
+    {"Location", FieldName::location},
+    {"Forwarded", FieldName::forwarded},
+    {"X-Real-IP", FieldName::x_real_ip},
+    {"Connection", FieldName::connection},
+    {"Keep-Alive", FieldName::keep_alive},
+    {"Set-Cookie", FieldName::set_cookie},
+    {"Destination", FieldName::destination},
+    {"Content-Type", FieldName::content_type},
+    {"Authorization", FieldName::authorization},
+    {"Cache-Control", FieldName::cache_control},
+    {"Content-Length", FieldName::content_length},
+    {"HTTP2-Settings", FieldName::http2_settings},
+    {"Sec-Fetch-Dest", FieldName::sec_fetch_dest},
+    {"Warmproxy-Wait", FieldName::warmproxy_wait},
+    {"Accept-Language", FieldName::accept_language},
+    {"X-Forwarded-For", FieldName::x_forwarded_for},
+    {"Content-Location", FieldName::content_location},
+    {"Proxy-Connection", FieldName::proxy_connection},
+    {"WWW-Authenticate", FieldName::www_authenticate},
+    {"X-Forwarded-Host", FieldName::x_forwarded_host},
+    {"CDN-Cache-Control", FieldName::cache_control},
+    {"Transfer-Encoding", FieldName::transfer_encoding},
+    {"X-Forwarded-Proto", FieldName::x_forwarded_proto},
+    {"X-Forwarded-Prefix", FieldName::x_forwarded_prefix},
+    {"Vercel-CDN-Cache-Control", FieldName::cache_control},
+    {"Upgrade-Insecure-Requests", FieldName::upgrade_insecure_requests},
+    {"Access-Control-Request-Method", FieldName::access_control_request_method},
+    {"Access-Control-Request-Headers",
+     FieldName::access_control_request_headers},
+};
+
+inline constexpr KnownField known_prefixes[] = {
+    {"X-Forwarded-", FieldName::x_forwarded_other},
+    {"X-Vercel-Internal-", FieldName::vercel_private},
+    {"X-Vercel-SC-", FieldName::vercel_private},
+    {"Access-Control-Allow-", FieldName::access_control_allow},
+};
+
+inline bool is_framing(FieldName id) {
+  return id == FieldName::content_length || id == FieldName::transfer_encoding;
+}
+
+// Headers by which proxies name the client to each other.
+inline bool is_forwarding(FieldName id) {
+  return id == FieldName::forwarded || id == FieldName::x_real_ip ||
+         id == FieldName::x_forwarded_for ||
+         id == FieldName::x_forwarded_host ||
+         id == FieldName::x_forwarded_other ||
+         id == FieldName::x_forwarded_prefix ||
+         id == FieldName::x_forwarded_proto;
+}
+
+inline FieldName find_field_name(std::string_view name) {
+  for (const auto &known : known_fields) {
+    if (known.name.size() > name.size()) { break; }
+    if (equals_ignore_case(known.name, name)) { return known.id; }
+  }
+  for (const auto &known : known_prefixes) {
+    if (starts_with_ignore_case(name, known.name)) { return known.id; }
+  }
+  if (!contains(name, "_")) { return FieldName::other; }
+  // To CGI and its like, '_' and '-' are the same in a name.
+  std::string plain(name);
+  std::replace(plain.begin(), plain.end(), '_', '-');
+  const auto id = find_field_name(plain);
+  return is_forwarding(id) || id == FieldName::vercel_private
+             ? FieldName::disguised
+             : FieldName::other;
+}
+
+inline const Field *Head::find(FieldName id) const {
+  for (const auto &field : fields) {
+    if (field.id == id) { return &field; }
+  }
+  return nullptr;
+}
+
+inline const Field *Head::find(std::string_view name) const {
+  for (const auto &field : fields) {
+    if (equals_ignore_case(field.name, name)) { return &field; }
+  }
+  return nullptr;
+}
+
+inline std::string_view Head::value(FieldName id) const {
+  const auto field = find(id);
+  return field ? field->value : std::string_view();
+}
+
+inline std::string_view Head::value(std::string_view name) const {
+  const auto field = find(name);
+  return field ? field->value : std::string_view();
+}
+
+inline bool Head::has_option(std::string_view option) const {
+  for (const auto listed : connection_options) {
+    if (equals_ignore_case(listed, option)) { return true; }
+  }
+  return false;
+}
+
+// RFC 9110, section 7.6.1.
+inline bool Head::is_hop_by_hop(const Field &field) const {
+  switch (field.id) {
+  case FieldName::connection:
+  case FieldName::http2_settings:
+  case FieldName::keep_alive:
+  case FieldName::proxy_connection:
+  case FieldName::te:
+  case FieldName::upgrade: return true;
+  default: return has_option(field.name);
+  }
+}
+
+// ---- Parsing: what requests and responses share
+
+inline std::size_t head_end(std::string_view bytes, std::size_t from) {
+  // An empty line may end in a bare LF: it is for the parser to refuse it.
+  from = from > 2 ? from - 2 : 0;
+  for (auto at = bytes.find('\n', from); at != std::string_view::npos;
+       at = bytes.find('\n', at + 1)) {
+    const auto rest = bytes.substr(at + 1, 2);
+    if (!rest.empty() && rest[0] == '\n') { return at + 2; }
+    if (rest == "\r\n") { return at + 3; }
+  }
+  return 0;
+}
+
+enum class LineEnd { none, lf, crlf };
+
+// Takes one line off `text`.
+inline LineEnd take_line(std::string_view &text, std::string_view &line) {
+  const auto end = text.find('\n');
+  if (end == std::string_view::npos) { return LineEnd::none; }
+  line = text.substr(0, end);
+  text.remove_prefix(end + 1);
+  if (line.empty() || line.back() != '\r') { return LineEnd::lf; }
+  line.remove_suffix(1);
+  return LineEnd::crlf;
+}
+
+inline void clear_fields(Head &head) {
+  head.fields.clear();
+  head.fields.reserve(32); // most heads have less
+  head.connection_options.clear();
+  head.content_length = 0;
+  head.framing = Framing();
+}
+
+// `colon`: the length of the name in `line`.
+inline void add_field(Head &head, std::string_view line, std::size_t colon) {
+  const auto name = line.substr(0, colon);
+  const auto value = trim(line.substr(colon + 1));
+  head.fields.push_back({find_field_name(name), name, value, line});
+  if (head.fields.back().id == FieldName::connection) {
+    for_each_element(value, [&](std::string_view option) {
+      head.connection_options.push_back(option);
+    });
+  }
+}
+
+inline Refusal finish_fields(Head &head) {
+  if (head.connection_options.size() > WARMPROXY_MAX_CONNECTION_OPTIONS) {
+    return {431, "too many connection options"};
+  }
+  // RFC 9112, section 9.3
+  head.keep_alive = !head.has_option("close") &&
+                    (head.minor == 1 || head.has_option("keep-alive"));
+  return {};
+}
+
+struct Uri {
+  std::string_view scheme, authority, path; // `path` with query and fragment
+};
+
+// Splits "scheme://authority/path"; false if `text` is not of that form.
+inline bool split_uri(std::string_view text, Uri &uri) {
+  const auto colon = text.find("://");
+  if (colon == std::string_view::npos) { return false; }
+  uri.scheme = text.substr(0, colon);
+  const auto is_letter = [](char c) {
+    return to_lower(c) >= 'a' && to_lower(c) <= 'z';
+  };
+  if (uri.scheme.empty() || !is_letter(uri.scheme[0]) ||
+      !std::all_of(uri.scheme.begin(), uri.scheme.end(), [&](char c) {
+        return is_letter(c) || (c >= '0' && c <= '9') || c == '+' || c == '-' ||
+               c == '.';
+      })) {
+    return false;
+  }
+  const auto rest = text.substr(colon + 3);
+  uri.authority = rest.substr(0, rest.find_first_of("/?#"));
+  uri.path = rest.substr(uri.authority.size());
+  return true;
+}
+
+// ---- Parsing: requests
+
+inline Refusal early_refusal(std::string_view bytes) {
+  if (starts_with(bytes, "\x16\x03")) {
+    return {400, "a TLS handshake on a port for plain HTTP"};
+  }
+  while (starts_with(bytes, "\r\n")) { // RFC 9112, section 2.2
+    bytes.remove_prefix(2);
+  }
+  std::string_view line = bytes, rest = bytes;
+  const auto end = take_line(rest, line);
+  if (end == LineEnd::lf) { return {400, "bare LF in the head"}; }
+  if (end == LineEnd::none && ends_with(line, "\r")) { line.remove_suffix(1); }
+  const auto method = until(line, ' ');
+  const auto spaces = std::count(line.begin(), line.end(), ' ');
+  const bool token = is_token(method) || (method.empty() && line.empty());
+  if (!token || has_control(line) || contains(line, "\t") || spaces > 2 ||
+      (end == LineEnd::crlf && spaces < 2)) {
+    return {400, "malformed request line"};
+  }
+  return {};
+}
+
+inline Refusal parse_request_line(std::string_view line, RequestHead &head) {
+  const auto first = line.find(' '), last = line.rfind(' ');
+  if (first == std::string_view::npos || first == last) {
+    return {400, "malformed request line"};
+  }
+  const auto method = line.substr(0, first);
+  head.target = line.substr(first + 1, last - first - 1);
+  const auto version = line.substr(last + 1);
+  if (!is_token(method)) { return {400, "malformed method"}; }
+  head.method = method;
+  if (has_control(head.target) ||
+      head.target.find_first_of(" \t#") != std::string_view::npos) {
+    return {400, "malformed request target"};
+  }
+  if (version != "HTTP/1.1" && version != "HTTP/1.0") {
+    const bool other = version.size() == 8 && starts_with(version, "HTTP/") &&
+                       version[6] == '.';
+    return other ? Refusal{505, "an HTTP version other than 1.0 and 1.1"}
+                 : Refusal{400, "malformed request line"};
+  }
+  head.minor = version.back() - '0';
+  return {};
+}
+
+inline Refusal parse_request_fields(std::string_view text, RequestHead &head) {
+  clear_fields(head);
+  for (;;) {
+    std::string_view line;
+    if (take_line(text, line) != LineEnd::crlf) {
+      return {400, "bare LF in the head"};
+    }
+    if (line.empty()) { return finish_fields(head); }
+    if (head.fields.size() == WARMPROXY_MAX_HEADER_LINES) {
+      return {431, "too many header lines"};
+    }
+    const auto colon = line.find(':');
+    if (colon == std::string_view::npos || !is_token(line.substr(0, colon))) {
+      return {400, "malformed header line"}; // a folded one too, and "Name :"
+    }
+    if (has_control(line)) { return {400, "control character in a header"}; }
+    add_field(head, line, colon);
+  }
+}
+
+inline bool is_malformed_authority(std::string_view authority) {
+  return authority.find_first_of(" \t,/?#@\\<>\"") != std::string_view::npos;
+}
+
+// RFC 9112, section 3.2.
+inline Refusal check_host(const RequestHead &head) {
+  const auto hosts = std::count_if(
+      head.fields.begin(), head.fields.end(),
+      [](const Field &field) { return field.id == FieldName::host; });
+  if (hosts > 1) { return {400, "several Host lines"}; }
+  if (hosts == 0 && head.minor == 1) { return {400, "no Host line"}; }
+  return is_malformed_authority(head.value(FieldName::host))
+             ? Refusal{400, "malformed Host"}
+             : Refusal{};
+}
+
+// Makes origin-form of absolute-form (RFC 9112, sections 3.2.1 to 3.2.4).
+inline Refusal parse_request_target(RequestHead &head) {
+  auto &target = head.target;
+  if (starts_with(target, "/") || (target == "*" && head.method == "OPTIONS")) {
+    return {};
+  }
+  Uri uri;
+  if (!split_uri(target, uri) || uri.authority.empty() ||
+      is_malformed_authority(uri.authority)) {
+    return {400, "malformed request target"};
+  }
+  head.authority = uri.authority;
+  target = uri.path;
+  if (target.empty()) {
+    target = head.method == "OPTIONS" ? "*" : "/";
+  } else if (target[0] == '?') {
+    // Room for the slash is made by moving the authority over one of those
+    // before it.
+    const auto size = uri.authority.size();
+    const auto at = &head.text[static_cast<std::size_t>(uri.authority.data() -
+                                                        head.text.data())];
+    std::memmove(at - 1, at, size);
+    at[size - 1] = '/';
+    head.authority = {at - 1, size};
+    target = {at + size - 1, target.size() + 1};
+  }
+  return {};
+}
+
+// RFC 9112, section 6.3, without anything that two parsers could read
+// differently.
+inline Refusal parse_request_framing(RequestHead &head) {
+  const Field *coding = nullptr, *length = nullptr;
+  for (const auto &field : head.fields) {
+    if (field.id == FieldName::transfer_encoding) {
+      if (coding) { return {400, "several Transfer-Encoding lines"}; }
+      coding = &field;
+    } else if (field.id == FieldName::content_length) {
+      if (!to_number(field.value, head.content_length)) {
+        return {400, "malformed Content-Length"};
+      }
+      if (length) { return {400, "several Content-Length lines"}; }
+      length = &field;
+    }
+  }
+  if (!coding) {
+    if (length) {
+      head.framing = Framing(Framing::Mode::length, head.content_length);
+    }
+    return {};
+  }
+  if (head.minor == 0) { return {400, "Transfer-Encoding in HTTP/1.0"}; }
+  if (length) { return {400, "both Transfer-Encoding and Content-Length"}; }
+  if (!equals_ignore_case(coding->value, "chunked")) {
+    bool chunked = false, not_last = false;
+    for_each_element(coding->value, [&](std::string_view element) {
+      not_last |= chunked;
+      chunked |= equals_ignore_case(element, "chunked");
+    });
+    return not_last ? Refusal{400, "chunked is not the last transfer coding"}
+                    : Refusal{501, "a Transfer-Encoding other than chunked"};
+  }
+  head.framing = Framing(Framing::Mode::chunked);
+  return {};
+}
+
+// An upgrade to HTTP/2 or TLS would hide the requests in it from us, and from
+// whatever checks them before the target: it is not passed on, and the request
+// stays plain HTTP/1.1.
+inline bool is_passed_upgrade(std::string_view protocol) {
+  return !equals_ignore_case(protocol, "h2c") &&
+         !starts_with_ignore_case(protocol, "TLS/");
+}
+
+inline bool wants_upgrade(const RequestHead &head) {
+  // RFC 9110, section 7.8: Upgrade is ignored in an HTTP/1.0 request.
+  if (head.minor == 0 || !head.has_option("upgrade")) { return false; }
+  bool wanted = false;
+  for (const auto &field : head.fields) {
+    if (field.id != FieldName::upgrade) { continue; }
+    for_each_element(field.value, [&](std::string_view protocol) {
+      wanted |= is_passed_upgrade(protocol);
+    });
+  }
+  return wanted;
+}
+
+inline Refusal parse_request_text(RequestHead &head) {
+  std::string_view rest = head.text, line;
+  if (take_line(rest, line) != LineEnd::crlf) {
+    return {400, "bare LF in the head"};
+  }
+  if (const auto refusal = parse_request_line(line, head)) { return refusal; }
+  if (const auto refusal = parse_request_fields(rest, head)) { return refusal; }
+  if (const auto refusal = check_host(head)) { return refusal; }
+  if (head.method == "CONNECT") { return {501, "CONNECT is not supported"}; }
+  if (const auto refusal = parse_request_target(head)) { return refusal; }
+  head.upgrade = wants_upgrade(head);
+  return parse_request_framing(head);
+}
+
+inline Refusal parse_request(std::string text, RequestHead &head) {
+  head.text = std::move(text);
+  head.method = head.target = head.authority = {};
+  const auto refusal = parse_request_text(head);
+  if (refusal) { // nothing of it may shape our response
+    clear_fields(head);
+    head.keep_alive = head.upgrade = false;
+  }
+  return refusal;
+}
+
+// ---- Parsing: responses
+
+inline void note_repair(ResponseHead &head, std::string text) {
+  head.corrected = true;
+  head.repairs.push_back(printable(std::move(text)));
+}
+
+inline bool is_blank(char c) { return c == ' ' || c == '\t'; }
+
+// Reads a target's header lines. What has to be repaired is moved within the
+// head's text, where a repaired line is never longer.
+class ResponseFields {
+public:
+  ResponseFields(ResponseHead &head, std::string_view lines)
+      : head_(head), rest_(lines) {}
+
+  Refusal parse() {
+    for (std::size_t count = 0; take_line(rest_, line_) != LineEnd::none;
+         ++count) {
+      if (line_.empty()) { return finish_fields(head_); }
+      if (count == WARMPROXY_MAX_HEADER_LINES) {
+        return {431, "too many header lines"};
+      }
+      if (!rest_.empty() && is_blank(rest_[0])) { unfold(); }
+      if (line_.find_first_of(std::string_view("\0\r", 2)) !=
+          std::string_view::npos) {
+        return {502, "NUL or bare CR in a header"};
+      }
+      parse_line();
+    }
+    return {502, "incomplete head"};
+  }
+
+private:
+  void parse_line() {
+    auto colon = line_.find(':');
+    if (colon != std::string_view::npos && colon > 0 &&
+        is_blank(line_[colon - 1])) {
+      colon = close_gap(colon);
+    }
+    if (colon != std::string_view::npos && is_token(line_.substr(0, colon))) {
+      add_field(head_, line_, colon);
+      return;
+    }
+    note_repair(head_, concat("header line left out, since its name is no "
+                              "token: ",
+                              line_.substr(0, 60)));
+  }
+
+  // Joins a line with those that continue it (RFC 9112, section 5.2).
+  void unfold() {
+    const auto begin = data(line_);
+    auto end = begin + line_.size();
+    std::string_view more;
+    while (!rest_.empty() && is_blank(rest_[0]) &&
+           take_line(rest_, more) != LineEnd::none) {
+      more = trim(more);
+      if (more.empty()) { continue; }
+      while (end > begin && is_blank(end[-1])) {
+        --end;
+      }
+      *end++ = ' ';
+      std::memmove(end, more.data(), more.size());
+      end += more.size();
+    }
+    line_ = {begin, static_cast<std::size_t>(end - begin)};
+    note_repair(head_, concat("folded header line joined: ", name()));
+  }
+
+  // Removes blanks before the colon (RFC 9112, section 5.1): the name is moved
+  // towards it. Returns where the colon is then.
+  std::size_t close_gap(std::size_t colon) {
+    const auto size = line_.find_last_not_of(" \t", colon - 1) + 1;
+    std::memmove(data(line_) + colon - size, line_.data(), size);
+    line_.remove_prefix(colon - size);
+    if (is_token(name())) {
+      note_repair(head_, concat("blank before the colon removed: ", name()));
+    }
+    return size;
+  }
+
+  std::string_view name() const { return until(line_, ':').substr(0, 60); }
+  char *data(std::string_view part) {
+    return &head_.text[static_cast<std::size_t>(part.data() -
+                                                head_.text.data())];
+  }
+
+  ResponseHead &head_;
+  std::string_view rest_, line_;
+};
+
+// Leaves one of the fields `id`, as `kept`, or none.
+inline void reduce(Head &head, FieldName id, const Field *kept) {
+  auto from = std::find_if(head.fields.begin(), head.fields.end(),
+                           [id](const Field &field) { return field.id == id; });
+  if (kept) { *from++ = *kept; }
+  head.fields.erase(
+      std::remove_if(from, head.fields.end(),
+                     [id](const Field &field) { return field.id == id; }),
+      head.fields.end());
+}
+
+inline Refusal parse_response_coding(ResponseHead &head, bool &chunked) {
+  chunked = false;
+  bool other = false, not_last = false, exact = true;
+  for (const auto &field : head.fields) {
+    if (field.id != FieldName::transfer_encoding) { continue; }
+    exact &= !chunked && equals_ignore_case(field.value, "chunked");
+    for_each_element(field.value, [&](std::string_view coding) {
+      if (equals_ignore_case(coding, "chunked")) {
+        chunked = true;
+      } else if (!equals_ignore_case(coding, "identity")) {
+        other = true;
+        not_last |= chunked;
+      }
+    });
+  }
+  if (not_last) { return {502, "chunked is not the last transfer coding"}; }
+  if (other) { return {502, "a Transfer-Encoding other than chunked"}; }
+  if (chunked && head.minor == 0) {
+    return {502, "Transfer-Encoding in HTTP/1.0"};
+  }
+  if (exact) { return {}; }
+  static constexpr Field canonical{FieldName::transfer_encoding,
+                                   "Transfer-Encoding", "chunked",
+                                   "Transfer-Encoding: chunked"};
+  reduce(head, canonical.id, chunked ? &canonical : nullptr);
+  note_repair(head, chunked ? "Transfer-Encoding: chunked said once"
+                            : "Transfer-Encoding: identity left out");
+  return {};
+}
+
+inline Refusal parse_response_length(ResponseHead &head, bool &has_length) {
+  Field first{};
+  int count = 0;
+  bool malformed = false, differ = false;
+  for (const auto &field : head.fields) {
+    if (field.id != FieldName::content_length) { continue; }
+    malformed |= field.value.empty() || field.value[0] == ',';
+    for_each_element(field.value, [&](std::string_view element) {
+      std::uint64_t length = 0;
+      malformed |= !to_number(element, length);
+      if (count++ == 0) {
+        head.content_length = length;
+        first = field;
+        first.value = element;
+      }
+      differ |= length != head.content_length;
+    });
+  }
+  has_length = count > 0;
+  if (malformed) { return {502, "malformed Content-Length"}; }
+  if (differ) { return {502, "several Content-Lengths that differ"}; }
+  if (count > 1) {
+    const auto end = first.value.data() + first.value.size();
+    first.line = {first.line.data(),
+                  static_cast<std::size_t>(end - first.line.data())};
+    reduce(head, first.id, &first);
+    note_repair(head, "Content-Length said once");
+  }
+  return {};
+}
+
+inline bool announces_body(const Field &field) {
+  return field.id == FieldName::transfer_encoding ||
+         (field.id == FieldName::content_length && field.value != "0");
+}
+
+// RFC 9112, section 6.3.
+inline Refusal parse_response_framing(std::string_view request_method,
+                                      ResponseHead &head) {
+  bool chunked = false, has_length = false;
+  if (head.status < 200 || head.status == 204) {
+    // These have no body, whatever they say, and must not announce one.
+    if (std::any_of(head.fields.begin(), head.fields.end(), announces_body)) {
+      note_repair(head, concat("framing left out, since a ",
+                               decimal(head.status), " has no body"));
+    }
+    reduce(head, FieldName::transfer_encoding, nullptr);
+    reduce(head, FieldName::content_length, nullptr);
+    return {};
+  }
+  if (const auto refusal = parse_response_coding(head, chunked)) {
+    return refusal;
+  }
+  if (const auto refusal = parse_response_length(head, has_length)) {
+    return refusal;
+  }
+  if (chunked && has_length) {
+    reduce(head, FieldName::content_length, nullptr);
+    note_repair(head, "Content-Length left out beside Transfer-Encoding");
+  }
+  if (head.status == 304) { // a body may follow all the same
+    head.corrected |= chunked || head.content_length > 0;
+  } else if (request_method != "HEAD") {
+    head.framing = chunked ? Framing::forgiving_chunked()
+                   : has_length
+                       ? Framing(Framing::Mode::length, head.content_length)
+                       : Framing(Framing::Mode::until_close);
+  }
+  return {};
+}
+
+inline Refusal parse_response(std::string text, std::string_view request_method,
+                              ResponseHead &head) {
+  head.text = std::move(text);
+  head.repairs.clear();
+  clear_fields(head);
+  std::string_view rest = head.text, line;
+  auto end = take_line(rest, line);
+  if (end != LineEnd::none && line.empty()) {
+    note_repair(head, "empty line before the status line left out");
+    end = take_line(rest, line);
+  }
+  if (end == LineEnd::none || line.size() < 12 ||
+      (!starts_with(line, "HTTP/1.1 ") && !starts_with(line, "HTTP/1.0 ")) ||
+      !to_number(line.substr(9, 3), head.status) || head.status < 100 ||
+      (line.size() > 12 && line[12] != ' ') || has_control(line)) {
+    return {502, "malformed status line"};
+  }
+  head.minor = line[7] - '0';
+  head.reason = line.substr(9);
+  head.switching = head.status == 101;
+  if (const auto refusal = ResponseFields(head, rest).parse()) {
+    return {502, refusal.reason};
+  }
+  return parse_response_framing(request_method, head);
+}
+
+// ---- Forwarding: who asks, and for which host
+
+inline std::string_view first_element(std::string_view list) {
+  return trim(until(list, ','));
+}
+
+// The host that the request names (RFC 9112, section 3.2.2).
+inline std::string_view requested_host(const RequestHead &request) {
+  return request.authority.empty() ? request.value(FieldName::host)
+                                   : request.authority;
+}
+
+// The host as the client named it to the first proxy.
+inline std::string_view client_host(const RequestHead &request,
+                                    const Config &config) {
+  const auto forwarded =
+      config.behind_front()
+          ? first_element(request.value(FieldName::x_forwarded_host))
+          : std::string_view();
+  return forwarded.empty() ? requested_host(request) : forwarded;
+}
+
+// The Host that the target gets. Vercel sends the deployment's as Host; its own
+// proxies replace it with the visitor's, too.
+inline std::string_view sent_host(const RequestHead &request,
+                                  const Forwarding &forwarding) {
+  const auto host = forwarding.config.on_vercel
+                        ? client_host(request, forwarding.config)
+                        : requested_host(request);
+  return host.empty() && !request.find(FieldName::host)
+             ? forwarding.target_authority
+             : host;
+}
+
+// "http", "https", or "" if the proxy before us says something else.
+inline std::string_view client_scheme(const RequestHead &request,
+                                      const Config &config) {
+  if (!config.behind_front()) { return "http"; }
+  const auto proto = first_element(request.value(FieldName::x_forwarded_proto));
+  if (proto.empty() && !request.find(FieldName::forwarded)) { return "http"; }
+  for (const std::string_view scheme : {"http", "https"}) {
+    if (equals_ignore_case(proto, scheme)) { return scheme; }
+  }
+  return {};
+}
+
+inline bool ignores_forwarded_https(const RequestHead &request,
+                                    const Config &config) {
+  return !config.behind_front() &&
+         equals_ignore_case(
+             first_element(request.value(FieldName::x_forwarded_proto)),
+             "https");
+}
+
+inline bool authenticates_connection(const Head &head) {
+  bool found = false;
+  for (const auto &field : head.fields) {
+    if (field.id != FieldName::authorization &&
+        field.id != FieldName::www_authenticate) {
+      continue;
+    }
+    for_each_element(field.value, [&](std::string_view challenge) {
+      const auto scheme = until(challenge, ' ');
+      found |= equals_ignore_case(scheme, "NTLM") ||
+               equals_ignore_case(scheme, "Negotiate");
+    });
+  }
+  return found;
+}
+
+// ---- Forwarding: the prefix, and addresses of our own
+
+inline bool strips_prefix(const RequestHead &request, const Config &config) {
+  return !config.prefix.empty() && is_below(request.target, config.prefix);
+}
+
+inline bool is_absolute_path(std::string_view text) {
+  return starts_with(text, "/") && !starts_with(text, "//"); // "//host/path"
+}
+
+inline bool names_own_host(std::string_view authority,
+                           const RequestHead &request,
+                           const Forwarding &forwarding) {
+  return !authority.empty() &&
+         (equals_ignore_case(authority, sent_host(request, forwarding)) ||
+          equals_ignore_case(authority,
+                             client_host(request, forwarding.config)));
+}
+
+inline std::string_view without_port(std::string_view authority) {
+  const auto colon = authority.rfind(':');
+  const auto bracket = authority.rfind(']'); // of an IPv6 address
+  return colon == std::string_view::npos ||
+                 (bracket != std::string_view::npos && bracket > colon)
+             ? authority
+             : authority.substr(0, colon);
+}
+
+// Whether this is our host, or the target's own, with the port that clients
+// must not be sent to: some servers put their port into redirects.
+inline bool names_target_port(std::string_view authority,
+                              const RequestHead &request,
+                              const Forwarding &forwarding) {
+  const auto host = without_port(authority);
+  const auto port = authority.substr(host.size());
+  if (port.empty() || port.substr(1) != decimal(forwarding.target_port)) {
+    return false;
+  }
+  for (const std::string_view own :
+       {std::string_view("localhost"), std::string_view("127.0.0.1"),
+        std::string_view("[::1]"), without_port(sent_host(request, forwarding)),
+        without_port(client_host(request, forwarding.config))}) {
+    if (equals_ignore_case(host, own)) { return true; }
+  }
+  return false;
+}
+
+// Location and Content-Location: as the client has to ask for it.
+inline std::string client_location(std::string_view location,
+                                   const RequestHead &request,
+                                   const Forwarding &forwarding) {
+  const auto &config = forwarding.config;
+  Uri uri;
+  std::string origin;
+  if (is_absolute_path(location)) {
+    uri.path = location;
+  } else if (!split_uri(location, uri)) {
+    return std::string(location);
+  } else if (names_target_port(uri.authority, request, forwarding)) {
+    const auto scheme = client_scheme(request, config);
+    const auto host = client_host(request, config);
+    if (host.empty()) { return std::string(location); }
+    origin = concat(scheme.empty() ? uri.scheme : scheme, "://", host);
+  } else if (names_own_host(uri.authority, request, forwarding)) {
+    // A target that leads to https itself knows more than we do.
+    const bool to_https = equals_ignore_case(uri.scheme, "http") &&
+                          client_scheme(request, config) == "https";
+    origin = concat(to_https ? "https" : uri.scheme, "://",
+                    client_host(request, config));
+  } else {
+    return std::string(location);
+  }
+  const bool prefixed = !strips_prefix(request, config) ||
+                        is_below(until(uri.path, '#'), config.prefix);
+  return concat(origin, prefixed ? std::string_view() : config.prefix,
+                uri.path);
+}
+
+// WebDAV's Destination (RFC 4918, section 10.3): as the target knows it.
+inline std::string target_destination(std::string_view destination,
+                                      const RequestHead &request,
+                                      const Forwarding &forwarding) {
+  const auto &prefix = forwarding.config.prefix;
+  Uri uri;
+  if (is_absolute_path(destination)) {
+    uri.path = destination;
+  } else if (!split_uri(destination, uri) ||
+             !names_own_host(uri.authority, request, forwarding)) {
+    return std::string(destination);
+  }
+  if (!is_below(uri.path, prefix)) { return std::string(destination); }
+  const auto path = uri.path.substr(prefix.size());
+  return concat(destination.substr(0, destination.size() - uri.path.size()),
+                starts_with(path, "/") ? "" : "/", path);
+}
+
+// ---- Forwarding: the request
+
+inline void append_field(std::string &out, std::string_view name,
+                         std::string_view value) {
+  append(out, name, ": ", value, "\r\n");
+}
+
+// Whether a field of the client goes beyond us at all. What a client must not
+// take from the target by listing it in Connection always does.
+inline bool is_passed_on(const Field &field, const RequestHead &request,
+                         const Config &config) {
+  switch (field.id) {
+  case FieldName::content_length:
+  case FieldName::transfer_encoding:
+  case FieldName::host: return true;
+  case FieldName::disguised:
+  case FieldName::proxy: // CGI makes HTTP_PROXY of it ("httpoxy")
+  case FieldName::vercel_private:
+  case FieldName::warmproxy_wait: return false;
+  default:
+    return is_forwarding(field.id) ? config.behind_front()
+                                   : !request.is_hop_by_hop(field);
+  }
+}
+
+// All values of the fields `id`, with ours behind them, as one line.
+inline void append_joined(std::string &out, const RequestHead &request,
+                          FieldName id, std::string_view name,
+                          std::string_view ours) {
+  append(out, name, ": ");
+  for (const auto &field : request.fields) {
+    if (field.id == id && !field.value.empty()) {
+      append(out, field.value, ", ");
+    }
+  }
+  append(out, ours, "\r\n");
+}
+
+inline void append_upgrade(std::string &out, const Field &field) {
+  std::string passed;
+  bool all = true;
+  for_each_element(field.value, [&](std::string_view protocol) {
+    if (is_passed_upgrade(protocol)) {
+      append(passed, passed.empty() ? "" : ", ", protocol);
+    } else {
+      all = false;
+    }
+  });
+  if (all) {
+    append(out, field.line, "\r\n");
+  } else if (!passed.empty()) {
+    append_field(out, field.name, passed);
+  }
+}
+
+// One field that is_passed_on(), in its place.
+inline void write_request_field(const Field &field, const RequestHead &request,
+                                const Forwarding &forwarding,
+                                std::string &out) {
+  const auto &config = forwarding.config;
+  const auto strips = [&] { return strips_prefix(request, config); };
+  switch (field.id) {
+  case FieldName::host:
+    if (field.value != sent_host(request, forwarding)) { return; }
+    break;
+  case FieldName::content_length:
+    append_field(out, field.name, decimal(request.content_length));
+    return;
+  case FieldName::transfer_encoding:
+    append_field(out, field.name, "chunked");
+    return;
+  case FieldName::expect:
+    if (request.minor == 0) { return; } // RFC 9110, section 10.1.1
+    break;
+  case FieldName::destination:
+    if (!strips()) { break; }
+    append_field(out, field.name,
+                 target_destination(field.value, request, forwarding));
+    return;
+  case FieldName::x_forwarded_for:
+    if (config.on_vercel) { break; } // the peer is the platform
+    if (&field == request.find(field.id)) {
+      append_joined(out, request, field.id, field.name,
+                    forwarding.client_address);
+    }
+    return;
+  case FieldName::x_forwarded_prefix:
+    if (!strips()) { break; }
+    if (&field == request.find(field.id)) {
+      append_joined(out, request, field.id, field.name, config.prefix);
+    }
+    return;
+  default: break;
+  }
+  append(out, field.line, "\r\n");
+}
+
+// What we know of the client, where nobody who is believed has said it.
+inline void write_forwarding_fields(const RequestHead &request,
+                                    const Forwarding &forwarding,
+                                    std::string &out) {
+  const auto &config = forwarding.config;
+  const auto absent = [&](FieldName id) {
+    return !config.behind_front() || !request.find(id);
+  };
+  if (absent(FieldName::x_forwarded_for)) {
+    append_field(out, "X-Forwarded-For", forwarding.client_address);
+  }
+  if (absent(FieldName::x_forwarded_proto) && absent(FieldName::forwarded)) {
+    append_field(out, "X-Forwarded-Proto", "http");
+  }
+  const auto host = requested_host(request);
+  if (absent(FieldName::x_forwarded_host) && !host.empty()) {
+    append_field(out, "X-Forwarded-Host", host);
+  }
+  if (absent(FieldName::x_forwarded_prefix) && strips_prefix(request, config)) {
+    append_field(out, "X-Forwarded-Prefix", config.prefix);
+  }
+}
+
+// RFC 9110, sections 7.8 and 10.1.4: both have to be listed in Connection.
+inline void write_connection(const RequestHead &request, std::string &out) {
+  bool trailers = false;
+  for (const auto &field : request.fields) {
+    if (field.id == FieldName::te && request.minor == 1) {
+      trailers |= list_contains(field.value, "trailers");
+    }
+  }
+  if (trailers) { append_field(out, "TE", "trailers"); }
+  if (request.upgrade || trailers) {
+    append_field(out, "Connection",
+                 !trailers         ? "Upgrade"
+                 : request.upgrade ? "Upgrade, TE"
+                                   : "TE");
+  }
+}
+
+inline void write_request_head(const RequestHead &request,
+                               const Forwarding &forwarding, std::string &out) {
+  auto target = request.target;
+  if (strips_prefix(request, forwarding.config)) {
+    target.remove_prefix(forwarding.config.prefix.size());
+  }
+  append(out, request.method,
+         starts_with(target, "/") || target == "*" ? " " : " /", target,
+         " HTTP/1.1\r\n");
+  const auto host = request.find(FieldName::host);
+  const auto sent = sent_host(request, forwarding);
+  if (!host || host->value != sent) { append_field(out, "Host", sent); }
+  for (const auto &field : request.fields) {
+    if (field.id == FieldName::upgrade && request.upgrade) {
+      append_upgrade(out, field);
+    } else if (is_passed_on(field, request, forwarding.config)) {
+      write_request_field(field, request, forwarding, out);
+    }
+  }
+  write_forwarding_fields(request, forwarding, out);
+  write_connection(request, out);
+  out += "\r\n";
+}
+
+inline void write_own_request_head(const RequestHead &request,
+                                   const Forwarding &forwarding,
+                                   std::string &out) {
+  append(out, request.method, " ", request.target, " HTTP/1.",
+         decimal(request.minor), "\r\n");
+  const auto host = sent_host(request, forwarding);
+  if (!host.empty()) { append_field(out, "Host", host); }
+  for (const auto &field : request.fields) {
+    if (field.id != FieldName::host &&
+        is_passed_on(field, request, forwarding.config)) {
+      append(out, field.line, "\r\n");
+    }
+  }
+  out += "\r\n";
+}
+
+// ---- Forwarding: the response
+
+// Whether a list in the fields `id` has one of these elements. An argument, as
+// in `private="Set-Cookie"`, does not matter.
+inline bool any_lists(const Head &head, FieldName id,
+                      std::initializer_list<std::string_view> wanted) {
+  bool found = false;
+  for (const auto &field : head.fields) {
+    if (field.id != id) { continue; }
+    for_each_element(field.value, [&](std::string_view element) {
+      const auto name = trim(until(element, '='));
+      found |= std::any_of(wanted.begin(), wanted.end(),
+                           [&](auto w) { return equals_ignore_case(name, w); });
+    });
+  }
+  return found;
+}
+
+// The type decides; the path's ending only where there is no telling one, which
+// a 304 never has.
+inline bool is_script_or_style(const RequestHead &request,
+                               const ResponseHead &response) {
+  const auto type = trim(until(response.value(FieldName::content_type), ';'));
+  if (type.empty() || equals_ignore_case(type, "application/octet-stream")) {
+    return ends_with(request.path(), ".js") ||
+           ends_with(request.path(), ".css");
+  }
+  for (const std::string_view known :
+       {"text/javascript", "text/css", "application/javascript",
+        "application/x-javascript"}) {
+    if (equals_ignore_case(type, known)) { return true; }
+  }
+  return false;
+}
+
+// Whether `cdn_cache` applies. A 304 counts, too: what it says replaces what
+// the 200 said. RFC 9111, sections 3 and 3.5.
+inline bool is_cacheable(const RequestHead &request,
+                         const ResponseHead &response, const Config &config) {
+  return config.cdn_cache.count() > 0 &&
+         (response.status == 200 || response.status == 304) &&
+         (request.method == "GET" || request.method == "HEAD") &&
+         is_script_or_style(request, response) &&
+         !request.find(FieldName::authorization) &&
+         !response.find(FieldName::set_cookie) &&
+         !any_lists(response, FieldName::vary, {"*", "Cookie"}) &&
+         !any_lists(response, FieldName::cache_control,
+                    {"no-store", "private", "no-cache"});
+}
+
+inline void write_cors(const RequestHead &request, const Config &config,
+                       std::string &out) {
+  if (config.cors_origins.empty()) { return; }
+  // Which headers follow depends on it, also where none do.
+  out += "Vary: Origin\r\n";
+  const auto origin = request.value(FieldName::origin);
+  const auto is_allowed = [origin](const std::string &allowed) {
+    return allowed == "*" || equals_ignore_case(allowed, origin);
+  };
+  if (origin.empty() || std::none_of(config.cors_origins.begin(),
+                                     config.cors_origins.end(), is_allowed)) {
+    return;
+  }
+  // Fetch, section 3.2.5: with credentials, `*` is an origin like any other, so
+  // the origin itself is named.
+  append_field(out, "Access-Control-Allow-Origin", origin);
+  append_field(out, "Access-Control-Allow-Credentials", "true");
+  const auto method = request.value(FieldName::access_control_request_method);
+  const auto headers = request.value(FieldName::access_control_request_headers);
+  if (!method.empty()) {
+    append_field(out, "Access-Control-Allow-Methods", method);
+  }
+  if (!headers.empty()) {
+    append_field(out, "Access-Control-Allow-Headers", headers);
+  }
+}
+
+// What becomes of a response's fields.
+struct ResponseRules {
+  bool upgrade, cached, cors;
+};
+
+inline void write_response_field(const Field &field, const RequestHead &request,
+                                 const ResponseHead &response,
+                                 const ResponseRules &rules,
+                                 const Forwarding &forwarding,
+                                 std::string &out) {
+  if (field.id == FieldName::upgrade
+          ? !rules.upgrade
+          : response.is_hop_by_hop(field) && !is_framing(field.id)) {
+    return;
+  }
+  switch (field.id) {
+  case FieldName::transfer_encoding:
+    if (request.minor == 1) { append_field(out, field.name, "chunked"); }
+    return;
+  case FieldName::content_length:
+    append_field(out, field.name, decimal(response.content_length));
+    return;
+  case FieldName::access_control_allow:
+    if (rules.cors) { return; }
+    break;
+  case FieldName::cache_control:
+    if (rules.cached) { return; }
+    break;
+  case FieldName::location:
+  case FieldName::content_location: {
+    const auto location = client_location(field.value, request, forwarding);
+    if (location == field.value) { break; }
+    append_field(out, field.name, location);
+    return;
+  }
+  default: break;
+  }
+  append(out, field.line, "\r\n");
+}
+
+inline void write_response_head(const RequestHead &request,
+                                const ResponseHead &response,
+                                const Forwarding &forwarding, bool keep_alive,
+                                std::string_view server_timing,
+                                std::string &out) {
+  const auto &config = forwarding.config;
+  const bool interim = response.status < 200;
+  // A 426 must say to what (RFC 9110, section 15.5.22), as a 101 does.
+  const ResponseRules rules{response.switching || response.status == 426,
+                            is_cacheable(request, response, config),
+                            !config.cors_origins.empty() && !interim};
+  append(out, "HTTP/1.1 ", response.reason, "\r\n");
+  for (const auto &field : response.fields) {
+    write_response_field(field, request, response, rules, forwarding, out);
+  }
+  if (rules.cached) {
+    const auto age = decimal(config.cdn_cache.count());
+    append(out, "Cache-Control: public, s-maxage=", age, "\r\n");
+    append(out, "CDN-Cache-Control: public, max-age=", age, "\r\n");
+    append(out, "Vercel-CDN-Cache-Control: public, max-age=", age, "\r\n");
+  }
+  if (rules.cors) { write_cors(request, config, out); }
+  if (!interim) { out += server_timing; }
+  const bool close = !keep_alive && !response.switching;
+  if (rules.upgrade) {
+    append_field(out, "Connection", close ? "close, Upgrade" : "Upgrade");
+  } else if (close) {
+    append_field(out, "Connection", "close");
+  } else if (request.minor == 0) {
+    append_field(out, "Connection", "keep-alive");
+  }
+  out += "\r\n";
+}
+// ---- Net: descriptors, clocks, buffers, the event loop ----------------------
 
 class Descriptor {
 public:
@@ -236,1100 +2093,32 @@ private:
   int fd_ = -1;
 };
 
-// Tells where a message's body ends, of bytes that arrive in any portions.
-class Framing {
-public:
-  enum class Mode { none, length, chunked, until_close, tunnel };
-
-  Framing() = default;
-  explicit Framing(Mode mode, std::uint64_t length = 0)
-      : mode_(mode), left_(length),
-        done_(mode == Mode::none || (mode == Mode::length && length == 0)) {}
-
-  // How many of `bytes` are this body's; done() is true once its end was among
-  // them, malformed() if what follows them cannot be. Appends what they carry,
-  // less the framing, to `content` if there is one.
-  std::size_t take(std::string_view bytes, std::string *content = nullptr);
-
-  Mode mode() const { return mode_; }
-  bool done() const { return done_; }
-  bool malformed() const { return state_ == State::malformed; }
-  void close() { done_ = true; }
-
-private:
-  // Where we are in RFC 9112, section 7.1's grammar: the next byte is ...
-  enum class State {
-    size_first, // the first digit of a chunk's size
-    size,       // a further one, or the end of the size
-    extension,  // in a chunk extension
-    size_lf,    // the LF of a size line
-    data,       // in a chunk's data
-    data_cr,    // the CR behind them
-    data_lf,    // the LF behind them
-    line_first, // the first of a trailer line, or of the empty one
-    name,       // in a trailer's name
-    value,      // in a trailer's value
-    value_lf,   // the LF of a trailer line
-    last_lf,    // the LF of the empty line
-    malformed
-  };
-
-  State step(char c);
-
-  Mode mode_ = Mode::none;
-  std::uint64_t left_ = 0;   // bytes of the body, or of this chunk
-  std::size_t overhead_ = 0; // bytes of this size line, or of the trailers
-  State state_ = State::size_first;
-  bool done_ = true;
-};
-
-// A header line: the whole of it, and its parts.
-struct Field {
-  std::string_view name, value, line;
-};
-
-// A message's head. Its views point into the text it was read from.
-struct Head {
-  std::string_view method, target;   // of a request
-  std::string_view authority;        // where the target was in absolute-form
-  int status = 0;                    // of a response,
-  std::string_view reason;           // and all behind the version: "200 OK"
-  int minor = 1;                     // the x of HTTP/1.x
-  std::vector<Field> fields;         // in their order
-  std::vector<std::string_view> hop; // what Connection names
-  std::uint64_t length = 0;          // Content-Length's
-  Framing framing;                   // of the body that follows
-  bool keep_alive = false;           // as version and Connection say
-  bool upgrade = false;              // Connection and Upgrade ask for one
-
-  const Field *find(std::string_view name) const;
-  std::string_view value(std::string_view name) const;
-  bool names(std::string_view hop_by_hop) const;
-};
-
-// Why a head is refused, and with which status; 0: it is not.
-struct Refusal {
-  int status = 0;
-  const char *reason = "";
-};
-
-// Where the head that begins `bytes` ends, behind its empty line; 0: not yet.
-// Nothing before `from` is looked at again.
-std::size_t head_end(std::string_view bytes, std::size_t from = 0);
-Refusal parse_request(std::string_view text, Head &head);
-// `to` is the method of the request that it answers.
-Refusal parse_response(std::string_view text, std::string_view to, Head &head);
-
-class Connection;
-
-// A socket that a Loop watches, and what is known of it: true until a call
-// finds otherwise. So no system call is ever made in vain, nor one to ask anew.
-struct Socket {
-  Descriptor fd;
-  Connection *user = nullptr; // whom news of it are for
-  bool readable = false;
-  bool writable = true;
-  bool ended = false;  // the peer sends no more than what is here
-  bool broken = false; // nor does it read
-};
-
-// Tells which sockets have news: each is added once and is edge-triggered, for
-// to change what is asked costs as much as to read.
-class Poller {
-public:
-  Poller();
-
-  // False, and errno, if the kernel has no room for it.
-  bool add(Socket &socket);
-  void remove(Socket &socket);
-  // Waits until `until`, or for news; next() then gives each socket that has
-  // some, and null when that was all.
-  void wait(Clock::time_point until);
-  Socket *next();
-
-private:
-#ifdef __linux__
-  Descriptor epoll_;
-#else
-  std::vector<Socket *> sockets_;
-#endif
-  std::vector<Socket *> news_;
-  std::size_t next_ = 0;
-};
-
-// Memory for blocks. It is the kernel's own: of it only what was ever filled is
-// really there, and all of it is given back, which a heap does not. The few
-// that were used last are used next, so that they stay in the processor's
-// cache.
-class Pages {
-public:
-  Pages() = default;
-  ~Pages();
-  Pages(const Pages &) = delete;
-  Pages &operator=(const Pages &) = delete;
-
-  char *take();
-  void give(char *page);
-
-private:
-  std::vector<char *> spare_;
-};
-
-// A direction's one buffer, as large as the largest head. It has memory only
-// while there is something in it.
-class Block {
-public:
-  explicit Block(Pages &pages) : pages_(pages) {}
-  ~Block() { clear(); }
-  Block(const Block &) = delete;
-  Block &operator=(const Block &) = delete;
-
-  std::string_view view() const { return {data_ + begin_, end_ - begin_}; }
-  bool empty() const { return begin_ == end_; }
-  bool full() const { return end_ - begin_ == max_head; }
-  void consume(std::size_t n);
-  void clear();
-  // As recv(2) that never waits, to behind what is there. `more`: a further one
-  // can find something.
-  ssize_t receive(int fd, bool &more);
-
-private:
-  Pages &pages_;
-  char *data_ = nullptr;
-  std::size_t begin_ = 0, end_ = 0;
-};
-
-// A process of ours that outlives us by a moment. Should we be killed, its pipe
-// ends and it kills the target's group: PR_SET_PDEATHSIG reaches the target
-// alone, not what the target has forked.
-class Guard {
-public:
-  Guard();
-  ~Guard();
-  Guard(const Guard &) = delete;
-  Guard &operator=(const Guard &) = delete;
-
-  // Takes the pid_t of the group to kill, 0 for none. -1 if there is no guard.
-  int pipe() const { return pipe_.get(); }
-
-private:
-  Descriptor pipe_;
-  pid_t pid_ = -1;
-};
-
-class Supervisor;
-
-// A request's leave to use the target, which does not rest as long as it lives.
-struct Lease {
-  Lease() = default;
-  Lease(Lease &&) = delete;
-  ~Lease();
-
-  Supervisor *owner = nullptr;  // null: not granted yet
-  std::uint64_t generation = 0; // which life of the target this is
-  int port = 0;
-  bool ipv6 = false;
-  Descriptor proof; // the connection that proved it up, for the first to come
-  // If it had to wait: since when, how long, and what the start took.
-  Clock::time_point since{};
-  std::uint64_t failures = 0; // of starts, before it waited
-  Clock::duration waited{}, spawning{}, readying{};
-  std::string timing() const; // the same as a header line, if it had to
-};
-
-// Starts, proves, watches and stops the target, all from one thread: only one
-// spawn can ever be under way, no lock guards the process, and the thread that
-// PR_SET_PDEATHSIG follows lives as long as we do.
-//   cold -> starting -> up -> stopping -> cold
-// `starting` is also where an `up` target goes that refused a connection, until
-// it is known whether it is dead.
-class Supervisor {
-public:
-  Supervisor(const Options &options, const Log &log);
-  ~Supervisor();
-  Supervisor(const Supervisor &) = delete;
-  Supervisor &operator=(const Supervisor &) = delete;
-
-  // What acquire() came to: the lease is granted, or has to be asked for again
-  // after a change, or `status` and what follows is the answer to give.
-  struct Result {
-    bool pending = false;
-    int status = 0;
-    std::string reason; // "": it is still starting, though `until` has come
-    milliseconds retry_after{0};
-    Clock::duration waited{}; // for how long it has been
-  };
-  // Starts the target where need be.
-  Result acquire(Lease &lease, Clock::time_point until);
-  // What to call, from any thread, when it may be worth to ask again.
-  void on_change(std::function<void()> tell);
-  // Whether this life of the target goes on.
-  bool is_up(std::uint64_t generation) const;
-  // The target behind this lease did not answer: is it still there?
-  void suspect(const Lease &lease);
-  void release();
-  // Start it now.
-  void warm();
-  // Stop it, for good. Does not wait.
-  void quit();
-  Status status() const;
-
-private:
-  enum class State { cold, starting, up, stopping };
-  using Lock = std::unique_lock<std::mutex>;
-
-  void run();
-  bool start(Lock &lock);
-  bool prove(Lock &lock, bool starting, Clock::time_point deadline,
-             Descriptor connection);
-  Descriptor reach();
-  void watch(Lock &lock);
-  void end(Lock &lock);
-  bool spawn(std::string &error);
-  bool probe(Descriptor &connection, Clock::time_point deadline,
-             std::string &seen);
-  bool exited();
-  bool group_ended() const;
-  void fail(Lock &lock, int status, std::string reason);
-  void changed();
-  milliseconds next_pause() const;
-  bool nap(Clock::time_point until, int fd = -1);
-  void nap(Lock &lock, Clock::time_point until);
-  void wake();
-  void tell_guard(pid_t group) const;
-
-  const Options &options_;
-  const Log &log_;
-  Guard guard_;
-  Descriptor wake_read_, wake_write_;
-
-  // The thread's own.
-  Descriptor pidfd_;
-  std::string exit_;       // how the target ended; "": it did not
-  rlimit files_{};         // what we were given, before serve() took more
-  bool scratched_ = false; // the copy is made
-
-  // Everybody's, under mutex_.
-  mutable std::mutex mutex_;
-  std::function<void()> tell_;
-  State state_ = State::cold;
-  bool wanted_ = false, suspected_ = false;
-  std::atomic<bool> quit_{false};
-  pid_t pid_ = 0; // 0: none, or not ours
-  int port_ = 0;
-  bool ipv6_ = false;
-  std::uint64_t generation_ = 0, starts_ = 0, requests_ = 0;
-  Clock::time_point started_; // written by the thread alone
-  std::size_t in_flight_ = 0;
-  Descriptor proof_;           // a connection that proved it up,
-  Clock::time_point proved_{}; // and when
-  Clock::time_point last_use_, up_since_;
-  Clock::duration spawning_{}, readying_{};
-  std::string last_exit_;
-  std::uint64_t failures_ = 0; // starts that came to nothing,
-  struct {
-    int status = 0;
-    std::string reason;
-  } failure_;             // the last one,
-  milliseconds pause_{0}; // and how long to leave it alone after it
-  Clock::time_point not_before_{};
-
-  std::thread thread_;
-};
-
-// Vercel's side of the contract: the Unix socket of a function of runtime
-// `executable`. Reference: internals/ipc-proxy in vercel/vercel.
-class Vercel {
-public:
-  // Null when VERCEL_IPC_PATH is unset or cannot be connected.
-  static std::unique_ptr<Vercel> connect();
-
-  void started(milliseconds took, int port);
-  void end(std::string_view invocation, std::string_view request);
-  void unrecoverable(int exit_code, std::string_view message);
-  ~Vercel();
-
-private:
-  void send(std::string message);
-  void flush();
-  void write_waiting();
-
-  Descriptor socket_;
-  std::mutex mutex_;
-  std::string waiting_; // what the platform has not taken yet
-  std::condition_variable more_;
-  bool over_ = false;
-  std::thread writer_; // where it is slow to take it; mostly there is none
-};
-
-// A connection to the target, in use or kept for the next request.
-struct Upstream : Socket {
-  std::uint64_t generation = 0; // of the target
-  Clock::time_point since{};    // when it was kept
-};
-
-class Listener;
-
-// One thread, and the connections that are its own: whatever has news goes on
-// until it would have to wait.
-class Loop {
-public:
-  explicit Loop(Listener &listener);
-  ~Loop();
-  Loop(const Loop &) = delete;
-  Loop &operator=(const Loop &) = delete;
-
-  // From any thread: here is a connection to serve; look what has changed, with
-  // the target or the Listener; or just wake up.
-  void adopt(Descriptor client, std::string peer, bool crowded);
-  void tell(bool let_kept_go = false);
-  void wake();
-  std::size_t size() const { return size_; }
-
-  // From its own: waits for news, until `until` at the latest, and deals with
-  // them.
-  void turn(Clock::time_point until);
-  Clock::time_point now() const { return now_; } // when this turn began
-  bool watch(Socket &socket) { return poller_.add(socket); }
-  void forget(Socket &socket) { poller_.remove(socket); }
-  // A connection of this life of the target, kept for less than `oldest`; null
-  // if there is none. With `care`, it has said nothing this very moment.
-  std::unique_ptr<Upstream> take(std::uint64_t generation, milliseconds oldest,
-                                 bool care);
-  // Null, and errno, if there is no room for it.
-  std::unique_ptr<Upstream> open(Descriptor fd, std::uint64_t generation);
-  void keep(std::unique_ptr<Upstream> upstream);
-  void drop(std::unique_ptr<Upstream> upstream);
-
-  Listener &listener;
-  Pages pages;
-
-private:
-  struct Arrival {
-    Descriptor client;
-    std::string peer;
-    bool crowded;
-  };
-
-  void greet();
-  void attend();
-  void go_on(Connection &connection);
-  void schedule(Connection &connection, Clock::time_point when);
-  void end(Connection &connection);
-  void look_at_kept(const Socket &socket);
-  void drop_oldest();
-  void limit_kept();
-
-  Poller poller_;
-  Socket woken_;
-  Descriptor wake_;
-  std::atomic<bool> told_{false}, let_kept_go_{false};
-  std::mutex mutex_; // of arrivals_
-  std::vector<Arrival> arrivals_;
-  std::atomic<std::size_t> size_{0}; // with those that arrive
-
-  Clock::time_point now_ = Clock::now();
-  std::list<Connection> connections_;
-  std::set<std::pair<Clock::time_point, Connection *>> timers_;
-  std::vector<std::unique_ptr<Upstream>> kept_; // the last one last
-  std::size_t upstreams_ = 0;                   // with those in use
-};
-
-// Binding and the socket are httplib::Server's. Its accept loop is not used: it
-// ends for good when a client resets before it was accepted (ECONNABORTED), and
-// spins when descriptors run out (EMFILE); and it cannot tell who connected.
-class Listener : private httplib::Server {
-public:
-  Listener(const warmproxy::Options &o, const Log &l, Supervisor &s, Vercel *v);
-  ~Listener() override;
-
-  // Returns the port, or -1. Port 0: a free one.
-  int bind(const std::string &host, int port);
-  // Accepts until stop(), then lets running requests finish.
-  bool run();
-  void stop();
-
-  void left(); // a connection has
-  // Tells all Loops: see Loop::tell().
-  void tell_all(bool let_kept_go = false);
-  bool draining() const { return draining_; }
-  bool cutting() const { return cutting_; }
-  std::size_t connections() const;
-
-  const warmproxy::Options &options; // Options alone is a method of httplib's
-  const Log &log;
-  Supervisor &supervisor;
-  Vercel *const vercel;
-  const std::string strip_prefix; // of Options, as "/a/b" or ""
-
-private:
-  std::size_t capacity() const;
-  bool accept();
-
-  std::vector<std::unique_ptr<Loop>> loops_; // the first one accepts, too
-  std::size_t running_ = 1;                  // of them
-  Socket listening_;
-  Clock::time_point paused_until_{};
-  std::atomic<bool> draining_{false}, cutting_{false}, waiting_for_room_{false};
-  Clock::time_point complain_at_{}; // again, of too many connections
-};
-
-// One client's connection: its requests, one after the other.
-class Connection {
-public:
-  Connection(Loop &loop, Descriptor client, std::string peer, bool crowded);
-  ~Connection();
-  Connection(const Connection &) = delete;
-  Connection &operator=(const Connection &) = delete;
-
-  // What becomes of it: the next stage goes on at once, or after all others had
-  // their turn; or nothing can be done before there is news; or it is over.
-  enum class Step { again, soon, wait, end };
-
-  // Does all that can be done without waiting. Never returns `again`.
-  Step go_on();
-  // When to go on even without news.
-  Clock::time_point deadline() const { return deadline_; }
-  // Whether Loop::tell() is for it: it waits for the target to be up, or can be
-  // asked to leave.
-  bool is_to_be_told() const {
-    return stage_ == Stage::waiting || stage_ == Stage::reading;
-  }
-
-  // The Loop's.
-  std::list<Connection>::iterator self;
-  Clock::time_point scheduled = Clock::time_point::max();
-
-private:
-  enum class Stage { reading, waiting, exchanging, answering, lingering };
-  // One direction of an exchange: `head` goes out first, then what `framing`
-  // lets pass of `block`.
-  struct Flow {
-    explicit Flow(Block &source) : block(source) {}
-
-    void begin();
-    bool pending() const { return sent < head.size() || passed > 0; }
-    bool can_push() const { return pending() && to->writable && !stopped; }
-    bool finished() const { return framing.done() && !pending(); }
-    void pass();
-    bool push();
-
-    Block &block;
-    Socket *to = nullptr;
-    std::string head;
-    std::size_t sent = 0;   // of head
-    std::size_t passed = 0; // of block
-    Framing framing;
-    bool moved = false;   // something went out
-    bool stopped = false; // `to` takes no more
-    bool shut = false;    // `to` was told that there is no more
-    bool unframe = false; // pass the content of chunks, not the chunks
-  };
-  enum class Outcome {
-    pending,    // of news
-    unfinished, // but others should have their turn
-    answered,   // in full
-    no_answer,  // not a byte of one; `Flow::moved` tells if the target got any
-    bad_answer,
-    bad_request, // malformed in the middle of its body
-    cut          // one side is gone; nothing more can be said
-  };
-
-  void await_request();
-  Step read_request();
-  Step begin();
-  Step ask_for_target();
-  Step await_target();
-  Step connect();
-  bool can_hear() const;
-  bool hear();
-  bool dial(milliseconds patience);
-  Step no_connection();
-  Step no_answer();
-  Step exchange();
-  Outcome pump();
-  Outcome read_answer();
-  Step send_own_answer();
-  Step finish();
-  Step linger();
-  void let_go();
-  void write_request_head(std::string &out) const;
-  void write_answer_head(bool keep, std::string &out);
-  void write_cors(std::string &out) const;
-  void end_invocation();
-  bool cacheable() const;
-  // Answers with a line of plain text, with a small page for who asked for one,
-  // or with `body`. `lines` are further header lines.
-  Step say(int status, std::string_view reason, std::string_view lines = {},
-           std::string_view body = {}, std::string_view type = {});
-  Step say_failure(const Supervisor::Result &result);
-  Step say_status();
-  bool wants_page() const;
-  bool in_chinese() const;
-
-  Loop &loop_;
-  Listener &listener_;
-  const Options &options_;
-  const std::string peer_;
-  const bool crowded_; // one too many: it is only told so
-  Socket client_;
-  Block from_client_, from_target_;
-  Stage stage_ = Stage::reading;
-  Clock::time_point deadline_{};
-
-  std::size_t seen_ = 0; // of a head that is not complete
-  bool in_head_ = false;
-  std::string request_text_;
-  Head request_, answer_;
-
-  std::optional<Lease> lease_;
-  std::unique_ptr<Upstream> upstream_;
-  Flow up_{from_client_}, down_{from_target_};
-  int attempt_ = 0;
-  bool repeatable_ = false;        // the target may get it twice
-  bool reused_ = false;            // upstream_ was
-  Clock::time_point page_after_{}; // when who waits is shown a page
-  bool dialling_ = false;          // it may not be connected yet,
-  milliseconds patience_{0};       // and is dialled again after that
-  Clock::time_point stalled_at_{}; // when something is done about it
-  Clock::time_point linger_until_{};
-
-  bool client_ended_ = false;   // it sends no more,
-  Clock::time_point gone_at_{}; // and is then taken to have gone
-  bool answering_ = false;      // the final head is composed
-  bool interim_ = false;        // a 1xx was passed on
-  bool keep_ = false; // the client's connection outlives this exchange
-  bool cut_ = false;  // it is to be closed without ceremony
-  bool invocation_owed_ = false; // the platform waits to hear of its end
-};
-
-} // namespace detail
-
-// A listening socket and the target behind it. The destructor stops both.
-// Throws std::invalid_argument with Options::error or for an empty binary.
-class Proxy {
-public:
-  explicit Proxy(Options options) : Proxy(std::move(options), nullptr) {}
-  ~Proxy() { stop(); }
-  Proxy(const Proxy &) = delete;
-  Proxy &operator=(const Proxy &) = delete;
-
-  // Binds and serves until stop(). False if it cannot bind, or accept any more.
-  bool listen(const std::string &host, int port);
-  // Returns the port, or -1.
-  int bind_to_any_port(const std::string &host);
-  // Serves until stop(); returns when the last request has finished, or was cut
-  // stop_timeout after stop().
-  bool listen_after_bind();
-  // From any thread; does not wait. A Proxy that was stopped stays so.
-  void stop() { listener_.stop(); }
-  Status status() const;
-
-private:
-  friend int serve(Options, int, const char *const *);
-  Proxy(Options options, detail::Vercel *vercel);
-
-  const Options options_;
-  const detail::Log log_;
-  detail::Supervisor supervisor_;
-  detail::Listener listener_;
-};
-
-// `defaults`, with what the environment says instead: WARMPROXY_<FIELD>, PORT
-// and HOST. Text is taken as it is, also the empty one; WARMPROXY_ARGS is split
-// as a shell would, quotes included; times are 500ms, 45s, 10m, 2h or 30d. What
-// cannot be read is said in Options::error.
-Options options_from_env(Options defaults);
-
-// For main(): listens on Options::host and port until SIGTERM or SIGINT, lets
-// running requests finish, stops the target, and returns 0. 1: it could not
-// listen; 2: a setting or the binary is no good. A second signal ends it at
-// once. On Vercel (VERCEL_IPC_PATH is set) it keeps the runtime's contract.
-// Given main()'s arguments, it answers --help and --version.
-int serve(Options options, int argc = 0, const char *const *argv = nullptr);
-
-// ----------------------------------------------------------------------------
-
-namespace detail {
-
-/*
- * Text
- */
-
-inline bool same(std::string_view a, std::string_view b) {
-  // RFC 9110, section 5.1: names are case-insensitive. ASCII's, no locale's.
-  const auto lower = [](char c) {
-    return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
-  };
-  return a.size() == b.size() &&
-         std::equal(a.begin(), a.end(), b.begin(),
-                    [&](char x, char y) { return lower(x) == lower(y); });
-}
-
-inline bool starts_with(std::string_view text, std::string_view with) {
-  return text.substr(0, with.size()) == with;
-}
-
-inline bool starts_with_same(std::string_view text, std::string_view with) {
-  return same(text.substr(0, with.size()), with);
-}
-
-inline bool ends_with(std::string_view text, std::string_view with) {
-  return text.size() >= with.size() &&
-         text.substr(text.size() - with.size()) == with;
-}
-
-inline bool contains(std::string_view text, std::string_view part) {
-  return text.find(part) != std::string_view::npos;
-}
-
-inline std::string_view trim(std::string_view text) {
-  const auto begin = text.find_first_not_of(" \t");
-  if (begin == std::string_view::npos) { return {}; }
-  return text.substr(begin, text.find_last_not_of(" \t") - begin + 1);
-}
-
-template <typename... Parts>
-void append(std::string &out, const Parts &...parts) {
-  (out.append(parts), ...);
-}
-
-template <typename... Parts> std::string concat(const Parts &...parts) {
-  std::string out;
-  append(out, parts...);
-  return out;
-}
-
-// Calls `each` with every element of a comma-separated list.
-template <typename F> void for_each_of(std::string_view list, F each) {
-  while (!list.empty()) {
-    const auto comma = list.find(',');
-    const auto element = trim(list.substr(0, comma));
-    if (!element.empty()) { each(element); }
-    if (comma == std::string_view::npos) { return; }
-    list.remove_prefix(comma + 1);
-  }
-}
-
-template <typename N> bool to_number(std::string_view text, N &number) {
-  N n = 0;
-  for (const char c : text) {
-    const auto digit = static_cast<N>(c - '0');
-    if (c < '0' || c > '9' ||
-        n > (std::numeric_limits<N>::max() - digit) / 10) {
-      return false;
-    }
-    n = n * 10 + digit;
-  }
-  number = n;
-  return !text.empty();
-}
-
-inline bool is_control(char c) {
-  return (static_cast<unsigned char>(c) < 0x20 && c != '\t') || c == 0x7f;
-}
-
-inline bool has_control(std::string_view text) {
-  return std::any_of(text.begin(), text.end(),
-                     [](char c) { return is_control(c); });
-}
-
-inline bool is_token(char c) { // RFC 9110, section 5.6.2
-  return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') ||
-         (c >= 'A' && c <= 'Z') ||
-         (c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c));
-}
-
-inline bool is_token(std::string_view text) {
-  return !text.empty() && std::all_of(text.begin(), text.end(),
-                                      [](char c) { return is_token(c); });
-}
-
-inline void replace_all(std::string &text, std::string_view from,
-                        std::string_view to) {
-  for (auto at = text.find(from); at != std::string::npos;
-       at = text.find(from, at + to.size())) {
-    text.replace(at, from.size(), to);
-  }
-}
-
-template <typename Duration> std::string in_ms(Duration duration) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%.1f",
-                std::chrono::duration<double, std::milli>(duration).count());
-  return text;
-}
-
-template <typename Duration> std::string in_seconds(Duration duration) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%.2f",
-                std::chrono::duration<double>(duration).count());
-  return text;
-}
-
-inline std::string json_string(std::string_view text) {
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') {
-      append(out, "\\", std::string(1, c));
-    } else if (c < 0x20 || c == 0x7f) { // and, where char is signed, > 0x7f
-      char escaped[8];
-      std::snprintf(escaped, sizeof(escaped), "\\u%04x",
-                    static_cast<unsigned>(static_cast<unsigned char>(c)));
-      out += escaped;
-    } else {
-      out += c;
-    }
-  }
-  return out += '"';
-}
-
-// What others chose, made fit for a line of a log.
-inline std::string printable(std::string text) {
-  std::replace_if(text.begin(), text.end(), is_control, '?');
-  return text;
-}
-
-inline void log_to_stderr(std::string_view message) {
-  // One write a line, so that threads and the target do not mix theirs.
-  const auto line = concat("[warmproxy] ", message, "\n");
-  if (::write(STDERR_FILENO, line.data(), line.size()) < 0) {}
-}
-
-/*
- * Messages on the wire
- */
-
-inline std::size_t Framing::take(std::string_view bytes, std::string *content) {
-  std::size_t taken = 0;
-  const auto take_content = [&] {
-    const auto n = static_cast<std::size_t>(
-        std::min<std::uint64_t>(left_, bytes.size() - taken));
-    if (content) { content->append(bytes.substr(taken, n)); }
-    left_ -= n;
-    taken += n;
-  };
-  switch (mode_) {
-  case Mode::none: break;
-  case Mode::length:
-    take_content();
-    done_ = left_ == 0;
-    break;
-  case Mode::chunked:
-    while (taken < bytes.size() && !done_) {
-      if (state_ == State::data) {
-        take_content();
-        if (left_ == 0) { state_ = State::data_cr; }
-        continue;
-      }
-      state_ = step(bytes[taken]);
-      if (state_ == State::malformed) { break; }
-      ++taken;
-    }
-    break;
-  case Mode::until_close:
-  case Mode::tunnel:
-    if (done_) { break; }
-    left_ = bytes.size();
-    take_content();
-    break;
-  }
-  return taken;
-}
-
-// Strictly RFC 9112, section 7.1: what a lenient reader makes of a bare LF or
-// of white space here is how requests get smuggled.
-inline Framing::State Framing::step(char c) {
-  if (++overhead_ > max_head) { return State::malformed; }
-  const auto expect = [c](char expected, State next) {
-    return c == expected ? next : State::malformed;
-  };
-  switch (state_) {
-  case State::size_first:
-    overhead_ = 0;
-    left_ = 0;
-    [[fallthrough]];
-  case State::size: {
-    const auto digit = c >= '0' && c <= '9'   ? c - '0'
-                       : c >= 'a' && c <= 'f' ? c - 'a' + 10
-                       : c >= 'A' && c <= 'F' ? c - 'A' + 10
-                                              : -1;
-    if (digit >= 0) {
-      if (left_ >> 59) { return State::malformed; } // 2^63 is no size
-      left_ = left_ * 16 + static_cast<unsigned>(digit);
-      return State::size;
-    }
-    if (state_ == State::size_first) { return State::malformed; }
-    return c == ';' ? State::extension : expect('\r', State::size_lf);
-  }
-  case State::extension:
-    if (c == '\r') { return State::size_lf; }
-    return is_control(c) ? State::malformed : State::extension;
-  case State::size_lf:
-    if (c != '\n') { return State::malformed; }
-    overhead_ = 0;
-    return left_ ? State::data : State::line_first;
-  case State::data_cr: return expect('\r', State::data_lf);
-  case State::data_lf: return expect('\n', State::size_first);
-  case State::line_first:
-    if (c == '\r') { return State::last_lf; }
-    return is_token(c) ? State::name : State::malformed;
-  case State::name:
-    if (c == ':') { return State::value; }
-    return is_token(c) ? State::name : State::malformed;
-  case State::value:
-    if (c == '\r') { return State::value_lf; }
-    return is_control(c) ? State::malformed : State::value;
-  case State::value_lf: return expect('\n', State::line_first);
-  case State::last_lf:
-    done_ = c == '\n';
-    return expect('\n', State::size_first);
-  case State::data:
-  case State::malformed: break;
-  }
-  return State::malformed;
-}
-
-inline const Field *Head::find(std::string_view name) const {
-  for (const auto &field : fields) {
-    if (same(field.name, name)) { return &field; }
-  }
-  return nullptr;
-}
-
-inline std::string_view Head::value(std::string_view name) const {
-  const auto field = find(name);
-  return field ? field->value : std::string_view{};
-}
-
-// Whether a field ends at this hop: RFC 9110, section 7.6.1.
-inline bool Head::names(std::string_view name) const {
-  for (const auto known :
-       {"Connection", "Keep-Alive", "Proxy-Connection", "Upgrade", "TE"}) {
-    if (same(name, known)) { return true; }
-  }
-  for (const auto named : hop) {
-    if (same(name, named)) { return true; }
-  }
-  return false;
-}
-
-inline std::size_t head_end(std::string_view bytes, std::size_t from) {
-  // An empty line may end in a bare LF: it is for the parser to refuse it.
-  from = from > 2 ? from - 2 : 0;
-  for (auto at = bytes.find('\n', from); at != std::string_view::npos;
-       at = bytes.find('\n', at + 1)) {
-    const auto rest = bytes.substr(at + 1, 2);
-    if (!rest.empty() && rest[0] == '\n') { return at + 2; }
-    if (rest == "\r\n") { return at + 3; }
-  }
-  return 0;
-}
-
-// Takes one line off `text`. False if it does not end as it has to: with CRLF,
-// or where `lenient` with a bare LF (RFC 9112, section 2.2).
-inline bool next_line(std::string_view &text, bool lenient,
-                      std::string_view &line) {
-  const auto end = text.find('\n');
-  if (end == std::string_view::npos) { return false; }
-  line = text.substr(0, end);
-  text.remove_prefix(end + 1);
-  if (!line.empty() && line.back() == '\r') {
-    line.remove_suffix(1);
-    return true;
-  }
-  return lenient;
-}
-
-// Reads the lines behind the first one: fields, keep-alive, upgrade.
-inline Refusal parse_fields(std::string_view text, bool lenient, Head &head) {
-  head.fields.clear();
-  head.hop.clear();
-  bool close = false, stay = false, upgrade = false;
-  for (;;) {
-    std::string_view line;
-    if (!next_line(text, lenient, line)) {
-      return {400, "bare LF in the head"};
-    }
-    if (line.empty()) { break; }
-    if (head.fields.size() == max_fields) {
-      return {431, "more than 1000 header lines"};
-    }
-    const auto colon = line.find(':');
-    const auto name = line.substr(0, colon);
-    if (colon == std::string_view::npos || !is_token(name)) {
-      return {400, "malformed header line"}; // a folded one too, and "Name :"
-    }
-    if (has_control(line)) { return {400, "control character in a header"}; }
-    head.fields.push_back({name, trim(line.substr(colon + 1)), line});
-    if (same(name, "Connection")) {
-      for_each_of(head.fields.back().value, [&](std::string_view option) {
-        close |= same(option, "close");
-        stay |= same(option, "keep-alive");
-        upgrade |= same(option, "upgrade");
-        head.hop.push_back(option);
-      });
-    }
-  }
-  if (head.hop.size() > max_hop) {
-    return {431, "more than 100 connection options"};
-  }
-  // RFC 9112, section 9.3
-  head.keep_alive = !close && (head.minor == 1 || stay);
-  // RFC 9110, section 7.8: it is ignored in an HTTP/1.0 request.
-  head.upgrade = upgrade && head.minor == 1 && head.find("Upgrade");
-  return {};
-}
-
-// The body's length as RFC 9112, section 6.3 has it. Of what is ambiguous
-// there, only equal lengths in an answer pass.
-inline Refusal parse_framing(bool request, Head &head) {
-  const Field *coding = nullptr;
-  bool has_length = false;
-  head.length = 0;
-  for (const auto &field : head.fields) {
-    if (same(field.name, "Transfer-Encoding")) {
-      if (coding) { return {400, "several Transfer-Encoding lines"}; }
-      coding = &field;
-    } else if (same(field.name, "Content-Length")) {
-      std::uint64_t length = 0;
-      if (!to_number(field.value, length)) {
-        return {400, "malformed Content-Length"};
-      }
-      if (std::exchange(has_length, true) &&
-          (request || length != head.length)) {
-        return {400, "several Content-Length lines"};
-      }
-      head.length = length;
-    }
-  }
-  if (coding) {
-    if (head.minor == 0) { return {400, "Transfer-Encoding in HTTP/1.0"}; }
-    if (request && has_length) {
-      return {400, "both Transfer-Encoding and Content-Length"};
-    }
-    if (!same(coding->value, "chunked")) {
-      bool chunked = false, early = false;
-      for_each_of(coding->value, [&](std::string_view element) {
-        early |= chunked;
-        chunked |= same(element, "chunked");
-      });
-      return early ? Refusal{400, "chunked is not the last transfer coding"}
-                   : Refusal{501, "a Transfer-Encoding other than chunked"};
-    }
-    head.framing = Framing(Framing::Mode::chunked);
-  } else if (has_length) {
-    head.framing = Framing(Framing::Mode::length, head.length);
-  } else {
-    head.framing =
-        Framing(request ? Framing::Mode::none : Framing::Mode::until_close);
-  }
-  return {};
-}
-
-inline Refusal parse_request(std::string_view text, Head &head) {
-  std::string_view line;
-  if (!next_line(text, false, line)) { return {400, "bare LF in the head"}; }
-  const auto first = line.find(' '), last = line.rfind(' ');
-  if (first == std::string_view::npos || first == last) {
-    return {400, "malformed request line"};
-  }
-  head.method = line.substr(0, first);
-  head.target = line.substr(first + 1, last - first - 1);
-  const auto version = line.substr(last + 1);
-  if (!is_token(head.method)) { return {400, "malformed method"}; }
-  if (has_control(head.target) ||
-      head.target.find_first_of(" \t#") != std::string_view::npos) {
-    return {400, "malformed request target"};
-  }
-  if (version != "HTTP/1.1" && version != "HTTP/1.0") {
-    const bool other = version.size() == 8 && starts_with(version, "HTTP/") &&
-                       version[6] == '.';
-    return other ? Refusal{505, "an HTTP version other than 1.0 and 1.1"}
-                 : Refusal{400, "malformed request line"};
-  }
-  head.minor = version.back() - '0';
-
-  if (const auto refusal = parse_fields(text, false, head); refusal.status) {
-    return refusal;
-  }
-  // RFC 9112, section 3.2
-  const auto hosts = std::count_if(
-      head.fields.begin(), head.fields.end(),
-      [](const Field &field) { return same(field.name, "Host"); });
-  const auto host = head.value("Host");
-  if (hosts > 1 || (hosts == 0 && head.minor == 1)) {
-    return {400, hosts ? "several Host lines" : "no Host line"};
-  }
-  const auto malformed = [](std::string_view authority) {
-    return authority.find_first_of(" \t,/?#@\\<>\"") != std::string_view::npos;
-  };
-  if (malformed(host)) { return {400, "malformed Host"}; }
-  if (head.method == "CONNECT") { return {501, "CONNECT is not served"}; }
-
-  head.authority = {};
-  for (const std::string_view scheme : {"http://", "https://"}) {
-    if (same(head.target.substr(0, scheme.size()), scheme)) { // absolute-form
-      const auto rest = head.target.substr(scheme.size());
-      const auto end = rest.find_first_of("/?");
-      head.authority = rest.substr(0, end);
-      head.target = end == std::string_view::npos ? "" : rest.substr(end);
-      if (head.authority.empty() || malformed(head.authority)) {
-        return {400, "malformed request target"};
-      }
-    }
-  }
-  const bool asterisk = head.target == "*" && head.method == "OPTIONS";
-  if (head.authority.empty() && !asterisk && !starts_with(head.target, "/")) {
-    return {400, "malformed request target"};
-  }
-  return parse_framing(true, head);
-}
-
-inline Refusal parse_response(std::string_view text, std::string_view to,
-                              Head &head) {
-  std::string_view line;
-  if (!next_line(text, true, line) || line.size() < 12 ||
-      (!starts_with(line, "HTTP/1.1 ") && !starts_with(line, "HTTP/1.0 ")) ||
-      !to_number(line.substr(9, 3), head.status) || head.status < 100 ||
-      (line.size() > 12 && line[12] != ' ') || has_control(line)) {
-    return {502, "malformed status line"};
-  }
-  head.minor = line[7] - '0';
-  head.reason = line.substr(9);
-  if (const auto refusal = parse_fields(text, true, head); refusal.status) {
-    return {502, refusal.reason};
-  }
-  // RFC 9112, section 6.3: these have no body, whatever they say. Of the first
-  // two kinds not even the framing lines are passed on.
-  if (head.status < 200 || head.status == 204) {
-    head.framing = Framing(Framing::Mode::none);
-    return {};
-  }
-  const auto refusal = parse_framing(false, head);
-  if (refusal.status) { return {502, refusal.reason}; }
-  if (to == "HEAD" || head.status == 304) {
-    head.framing = Framing(Framing::Mode::none);
-  }
-  return {};
-}
-
-/*
- * Sockets
- */
-
-// Closes all descriptors from `first` on: now, or with execve.
-inline void close_from(int first, bool with_exec) {
-#if defined(__linux__) && defined(SYS_close_range)
-  const unsigned int flags = with_exec ? 4 : 0; // CLOSE_RANGE_CLOEXEC
-  if (::syscall(SYS_close_range, first, ~0U, flags) == 0) { return; }
-#endif
+// Calls `function` with each descriptor from `first` on that may be open.
+template <typename F> void for_each_descriptor(int first, F function) {
   rlimit files{};
   ::getrlimit(RLIMIT_NOFILE, &files);
-  const auto last = static_cast<int>(std::min<rlim_t>(files.rlim_cur, 65536));
-  for (int fd = first; fd < last; ++fd) {
-    with_exec ? ::fcntl(fd, F_SETFD, FD_CLOEXEC) : ::close(fd);
+  const auto end = static_cast<int>(std::min<rlim_t>(files.rlim_cur, 65536));
+  for (int fd = first; fd < end; ++fd) {
+    function(fd);
   }
+}
+
+inline bool close_range(int first, unsigned flags) {
+#if defined(__linux__) && defined(SYS_close_range)
+  return ::syscall(SYS_close_range, first, ~0U, flags) == 0;
+#else
+  return static_cast<void>(first), static_cast<void>(flags), false;
+#endif
+}
+
+inline void close_from(int first) {
+  if (close_range(first, 0)) { return; }
+  for_each_descriptor(first, ::close);
+}
+
+inline void close_from_on_exec(int first) {
+  if (close_range(first, 4)) { return; } // CLOSE_RANGE_CLOEXEC
+  for_each_descriptor(first, [](int fd) { ::fcntl(fd, F_SETFD, FD_CLOEXEC); });
 }
 
 inline bool make_pipe(Descriptor &reading, Descriptor &writing) {
@@ -1341,22 +2130,6 @@ inline bool make_pipe(Descriptor &reading, Descriptor &writing) {
   reading.reset(ends[0]);
   writing.reset(ends[1]);
   return true;
-}
-
-// A pipe to wake a thread that waits for its reading end.
-inline bool make_wake_pipe(Descriptor &reading, Descriptor &writing) {
-  return make_pipe(reading, writing) &&
-         ::fcntl(reading.get(), F_SETFL, O_NONBLOCK) == 0 &&
-         ::fcntl(writing.get(), F_SETFL, O_NONBLOCK) == 0;
-}
-
-inline void write_wake(const Descriptor &writing) {
-  if (::write(writing.get(), "", 1) < 0) {} // full: it is awake
-}
-
-inline void read_wakes(const Descriptor &reading) {
-  char bytes[64];
-  while (::read(reading.get(), bytes, sizeof(bytes)) > 0) {}
 }
 
 inline bool would_block(int error) {
@@ -1372,27 +2145,339 @@ inline void reset_on_close(int fd) {
   ::setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now));
 }
 
-// What poll(2) and its like take: milliseconds, never too few; -1 for ever.
-inline int milliseconds_to(Clock::time_point until) {
-  if (until == Clock::time_point::max()) { return -1; }
-  const auto left = std::chrono::ceil<milliseconds>(until - Clock::now());
-  return static_cast<int>(std::clamp<std::int64_t>(
-      left.count(), 0, std::numeric_limits<int>::max()));
+// Log lines, from any thread. Never throws and, with the default, never blocks:
+// what a full stderr cannot take is dropped and counted.
+class Log {
+public:
+  explicit Log(const Options &options) : function_(options.log) {
+    struct stat file {};
+    if (function_ || ::fstat(STDERR_FILENO, &file) != 0) { return; }
+    is_socket_ = S_ISSOCK(file.st_mode);
+    may_block_ = S_ISFIFO(file.st_mode) || S_ISCHR(file.st_mode);
+    // An open file description of our own: O_NONBLOCK on descriptor 2 itself
+    // would be shared with the target.
+    if (may_block_) {
+      own_.reset(::open("/proc/self/fd/2",
+                        O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC));
+    }
+  }
+
+  void operator()(std::string_view line) const {
+    try {
+      if (function_) { return function_(line); }
+      write_line(line);
+    } catch (...) {} // a log must not end what it reports
+  }
+
+private:
+  void write_line(std::string_view line) const {
+    const auto dropped = dropped_.load();
+    std::string text;
+    if (dropped) {
+      append(text, "[warmproxy] ", decimal(dropped),
+             " log lines dropped: stderr was full\n");
+    }
+    append(text, "[warmproxy] ", line, "\n");
+    if (write_text(text)) {
+      dropped_ -= dropped;
+    } else {
+      ++dropped_;
+    }
+  }
+
+  // In one call, so that lines of several threads and the target do not mix.
+  bool write_text(const std::string &text) const {
+    if (is_socket_) {
+      return ::send(STDERR_FILENO, text.data(), text.size(),
+                    MSG_DONTWAIT | MSG_NOSIGNAL) > 0;
+    }
+    if (may_block_ && !own_) {
+      pollfd out{STDERR_FILENO, POLLOUT, 0};
+      if (::poll(&out, 1, 0) <= 0) { return false; }
+    }
+    const int fd = own_ ? own_.get() : STDERR_FILENO;
+    return ::write(fd, text.data(), text.size()) > 0;
+  }
+
+  const std::function<void(std::string_view)> function_;
+  bool is_socket_ = false, may_block_ = false;
+  Descriptor own_;
+  mutable std::atomic<std::size_t> dropped_{0};
+};
+
+using SteadyClock = std::chrono::steady_clock;
+
+// While RunningClock times anything, no wait may be longer than this.
+inline constexpr milliseconds max_wait{1000};
+
+// Time in which this process ran. A platform that freezes instances, a SIGSTOP
+// or a suspended laptop must not make a good start or an idle connection time
+// out: since every timed wait asks for the time at least once in `max_wait`, a
+// longer silence is a gap, of which two seconds are counted.
+struct RunningClock {
+  using duration = std::chrono::nanoseconds;
+  using rep = duration::rep;
+  using period = duration::period;
+  using time_point = std::chrono::time_point<RunningClock>;
+  static constexpr bool is_steady = true;
+
+  static time_point now() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto real = SteadyClock::now().time_since_epoch();
+    running_ += last_.count() ? std::min<duration>(real - last_, 2 * max_wait)
+                              : duration(1);
+    last_ = real;
+    return time_point(running_);
+  }
+
+private:
+  static inline std::mutex mutex_;
+  static inline duration last_{0}, running_{0};
+};
+
+using Time = RunningClock::time_point;
+
+// At most thirty years, so that "never" can be added to any time.
+inline milliseconds clamped(milliseconds time) {
+  return std::clamp<milliseconds>(time, milliseconds(0),
+                                  std::chrono::hours(24 * 365 * 30));
 }
 
-// Waits until one of `fds` is ready or `until` has come.
-template <std::size_t N>
-bool wait_for(pollfd (&fds)[N], Clock::time_point until) {
-#ifdef __linux__ // readiness is looked for every 250 us, poll(2) counts in ms
-  using std::chrono::nanoseconds;
-  const auto left = std::max(nanoseconds(0), nanoseconds(until - Clock::now()));
+inline Time later(Time from, milliseconds time) {
+  return time == milliseconds::max() ? Time::max() : from + clamped(time);
+}
+
+inline Time after(milliseconds time) {
+  return later(RunningClock::now(), time);
+}
+
+// What is left until `until`, at most `max_wait`; negative: for ever.
+template <typename Clock>
+std::chrono::nanoseconds
+time_left(std::chrono::time_point<Clock, std::chrono::nanoseconds> until) {
+  if (until == decltype(until)::max()) { return std::chrono::nanoseconds(-1); }
+  return std::clamp<std::chrono::nanoseconds>(
+      until - Clock::now(), std::chrono::nanoseconds(0), max_wait);
+}
+
+// Waits until one of `fds` is ready or until `until`, but at most `max_wait`.
+// Returns whether one is ready.
+template <typename Clock>
+bool wait_for(pollfd *fds, std::size_t count,
+              std::chrono::time_point<Clock, std::chrono::nanoseconds> until) {
+  const auto left = time_left(until);
+#ifdef __linux__ // readiness is probed every 250 us, and poll(2) counts in ms
   const timespec time{static_cast<time_t>(left.count() / 1000000000),
                       static_cast<long>(left.count() % 1000000000)};
-  return ::ppoll(fds, N, until == Clock::time_point::max() ? nullptr : &time,
-                 nullptr) > 0;
+  return ::ppoll(fds, count, left.count() < 0 ? nullptr : &time, nullptr) > 0;
 #else
-  return ::poll(fds, N, milliseconds_to(until)) > 0;
+  const auto time = std::chrono::ceil<milliseconds>(left).count();
+  return ::poll(fds, static_cast<nfds_t>(count),
+                left.count() < 0 ? -1 : static_cast<int>(time)) > 0;
 #endif
+}
+
+// ---- Net: connecting to the target
+
+struct Endpoint { // on the loopback interface
+  bool ipv6 = false;
+  int port = 0;
+
+  std::string text() const {
+    return concat(ipv6 ? "[::1]:" : "127.0.0.1:", decimal(port));
+  }
+};
+
+struct SocketAddress {
+  SocketAddress() = default;
+  explicit SocketAddress(const Endpoint &endpoint) {
+    if (endpoint.ipv6) {
+      auto &in6 = reinterpret_cast<sockaddr_in6 &>(storage);
+      in6.sin6_family = AF_INET6;
+      in6.sin6_addr = in6addr_loopback;
+      in6.sin6_port = htons(static_cast<std::uint16_t>(endpoint.port));
+      size = sizeof(in6);
+    } else {
+      auto &in = reinterpret_cast<sockaddr_in &>(storage);
+      in.sin_family = AF_INET;
+      in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+      in.sin_port = htons(static_cast<std::uint16_t>(endpoint.port));
+      size = sizeof(in);
+    }
+  }
+
+  sockaddr *get() { return reinterpret_cast<sockaddr *>(&storage); }
+
+  int port() const { // at the same place for both families
+    return ntohs(reinterpret_cast<const sockaddr_in &>(storage).sin_port);
+  }
+
+  // An IPv4 address on a dual-stack socket is told as what it is.
+  std::string text() const {
+    char text[INET6_ADDRSTRLEN] = "";
+    if (storage.ss_family == AF_INET6) {
+      const auto &in6 = reinterpret_cast<const sockaddr_in6 &>(storage);
+      ::inet_ntop(AF_INET6, &in6.sin6_addr, text, sizeof(text));
+    } else {
+      const auto &in = reinterpret_cast<const sockaddr_in &>(storage);
+      ::inet_ntop(AF_INET, &in.sin_addr, text, sizeof(text));
+    }
+    const std::string_view mapped = "::ffff:";
+    return starts_with(text, mapped) && contains(text, ".")
+               ? text + mapped.size()
+               : text;
+  }
+
+  sockaddr_storage storage{};
+  socklen_t size = sizeof(storage);
+};
+
+inline Descriptor new_socket(int family) {
+#ifdef SOCK_CLOEXEC
+  return Descriptor(::socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0));
+#else
+  Descriptor fd(::socket(family, SOCK_STREAM, 0));
+  if (fd) { ::fcntl(fd.get(), F_SETFD, FD_CLOEXEC); }
+  return fd;
+#endif
+}
+
+// Starts a connect that does not block. The result may be connected already, or
+// become writable when it is (see connect_error()). Returns no descriptor, and
+// errno, if the connect failed at once.
+inline Descriptor dial(const Endpoint &endpoint) {
+  SocketAddress address(endpoint), self;
+  auto fd = new_socket(address.storage.ss_family);
+  if (!fd) { return fd; }
+  set_option(fd.get(), IPPROTO_TCP, TCP_NODELAY, 1);
+  ::fcntl(fd.get(), F_SETFL, O_NONBLOCK);
+  if (::connect(fd.get(), address.get(), address.size) != 0 &&
+      errno != EINPROGRESS) {
+    return {};
+  }
+  // A connect to a port in the ephemeral range on which nobody listens can get
+  // that very port as its own, and has then met itself. It is reset, or the
+  // port would stay taken for a minute.
+  ::getsockname(fd.get(), self.get(), &self.size);
+  if (std::memcmp(&self.storage, &address.storage, address.size) == 0) {
+    reset_on_close(fd.get());
+    fd.reset();
+    errno = ECONNREFUSED;
+  }
+  return fd;
+}
+
+// Why a dialed socket could not be connected; 0: it is connected, or the
+// connect is still in progress.
+inline int connect_error(int fd) {
+  int error = 0;
+  socklen_t size = sizeof(error);
+  ::getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size);
+  return error;
+}
+
+inline bool bind_loopback(Descriptor &fd, SocketAddress &address) {
+  fd = new_socket(address.storage.ss_family);
+  return fd && ::bind(fd.get(), address.get(), address.size) == 0 &&
+         ::getsockname(fd.get(), address.get(), &address.size) == 0;
+}
+
+// A port that is free on 127.0.0.1 and on ::1, as far as the machine has them;
+// 0 if there is none.
+inline int free_port() {
+  for (int attempt = 0; attempt < 100; ++attempt) {
+    Descriptor fd, fd6;
+    SocketAddress any(Endpoint{false, 0}), any6(Endpoint{true, 0});
+    if (!bind_loopback(fd, any)) {
+      return bind_loopback(fd6, any6) ? any6.port() : 0;
+    }
+    SocketAddress same(Endpoint{true, any.port()});
+    if (bind_loopback(fd6, same) || errno != EADDRINUSE) { return any.port(); }
+  }
+  return 0;
+}
+
+// ---- Net: readiness of sockets
+
+class Task;
+
+// A socket that an event loop watches. Readiness is cached: set by an event,
+// cleared when a call returns EAGAIN or a short count, so that no speculative
+// system calls are made.
+struct Socket {
+  Descriptor fd;
+  Task *owner = nullptr; // runs when there is an event; null: nobody
+  bool readable = false;
+  bool writable = true;
+  bool ended = false;  // the peer sends no more than what has arrived
+  bool broken = false; // nor does it receive
+};
+
+// Wakes a thread that waits for `socket`. Any thread may call wake(); the
+// thread that was woken calls drain().
+struct Wakeup {
+  Wakeup() {
+    if (!make_pipe(socket.fd, writing_)) {
+      throw std::system_error(errno, std::generic_category(), "pipe");
+    }
+    ::fcntl(socket.fd.get(), F_SETFL, O_NONBLOCK);
+    ::fcntl(writing_.get(), F_SETFL, O_NONBLOCK);
+  }
+
+  void wake() const {
+    if (::write(writing_.get(), "", 1) < 0) {} // full: already awake
+  }
+  void drain() {
+    char bytes[64];
+    while (::read(socket.fd.get(), bytes, sizeof(bytes)) > 0) {}
+    socket.readable = false;
+  }
+  int fd() const { return socket.fd.get(); }
+
+  Socket socket;
+
+private:
+  Descriptor writing_;
+};
+
+// Event notification. Sockets are registered once, edge-triggered, because
+// changing the interest set costs as much as a read.
+class Poller {
+public:
+  Poller();
+
+  // False, and errno, if the kernel has no room for it.
+  bool add(Socket &socket);
+  // Needed even before a close: a child that was just forked holds the socket
+  // open until execve(2), and events for it would go on.
+  void remove(Socket &socket);
+  // Waits for an event until `until`, but at most `max_wait`.
+  void wait(Time until);
+  // The next socket with an event, or null.
+  Socket *next();
+
+private:
+#ifdef __linux__
+  Descriptor epoll_;
+#else
+  std::vector<Socket *> sockets_;
+#endif
+  std::vector<Socket *> events_;
+  std::size_t next_ = 0;
+};
+
+inline int poll_timeout(Time until) {
+  const auto left = time_left(until);
+  return left.count() < 0
+             ? -1
+             : static_cast<int>(std::chrono::ceil<milliseconds>(left).count());
+}
+
+inline Socket *Poller::next() {
+  while (next_ < events_.size()) {
+    if (const auto socket = events_[next_++]) { return socket; }
+  }
+  return nullptr;
 }
 
 #ifdef __linux__
@@ -1409,28 +2494,29 @@ inline bool Poller::add(Socket &socket) {
   return ::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, socket.fd.get(), &event) == 0;
 }
 
-// Has to be said although it will be closed: a child that was just forked can
-// hold it open until execve(2), and it would go on to be told of.
 inline void Poller::remove(Socket &socket) {
   ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, socket.fd.get(), nullptr);
-  std::replace(news_.begin(), news_.end(), &socket,
+  std::replace(events_.begin(), events_.end(), &socket,
                static_cast<Socket *>(nullptr));
 }
 
-inline void Poller::wait(Clock::time_point until) {
-  epoll_event events[256];
-  const int n = ::epoll_wait(epoll_.get(), events, 256, milliseconds_to(until));
-  news_.clear();
+inline void Poller::wait(Time until) {
+  std::array<epoll_event, 256> events;
+  const int count =
+      ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()),
+                   poll_timeout(until));
+  events_.clear();
   next_ = 0;
-  for (int i = 0; i < n; ++i) {
-    const auto what = events[i].events;
-    auto &socket = *static_cast<Socket *>(events[i].data.ptr);
+  for (int i = 0; i < count; ++i) {
+    const auto what = events[static_cast<std::size_t>(i)].events;
+    auto &socket =
+        *static_cast<Socket *>(events[static_cast<std::size_t>(i)].data.ptr);
     socket.broken |= (what & (EPOLLHUP | EPOLLERR)) != 0;
-    // A recv(2) stops short of urgent data, too.
+    // EPOLLPRI: recv(2) stops short of urgent data as it does of the end.
     socket.ended |= socket.broken || (what & (EPOLLRDHUP | EPOLLPRI));
     socket.readable |= socket.ended || (what & EPOLLIN);
     socket.writable |= socket.broken || (what & EPOLLOUT);
-    news_.push_back(&socket);
+    events_.push_back(&socket);
   }
 }
 #else
@@ -1444,27 +2530,27 @@ inline bool Poller::add(Socket &socket) {
 inline void Poller::remove(Socket &socket) {
   sockets_.erase(std::remove(sockets_.begin(), sockets_.end(), &socket),
                  sockets_.end());
-  std::replace(news_.begin(), news_.end(), &socket,
+  std::replace(events_.begin(), events_.end(), &socket,
                static_cast<Socket *>(nullptr));
 }
 
-inline void Poller::wait(Clock::time_point until) {
+inline void Poller::wait(Time until) {
   std::vector<pollfd> fds;
   for (const auto socket : sockets_) {
     fds.push_back({socket->fd.get(),
                    static_cast<short>((socket->readable ? 0 : POLLIN) |
                                       (socket->writable ? 0 : POLLOUT)),
                    0});
-    // It would be told of again and again. Before that, of a reset.
+    // Exclude it, or poll() would report POLLHUP forever. Until then it may
+    // still report a reset.
     if (!fds.back().events && socket->ended) { fds.back().fd = -1; }
   }
-  news_.clear();
+  events_.clear();
   next_ = 0;
-  const int n = ::poll(fds.data(), static_cast<nfds_t>(fds.size()),
-                       milliseconds_to(until));
-  if (n < 0 && errno != EINTR) { ::poll(nullptr, 0, 10); } // never spin
-  if (n <= 0) { return; }
-  for (std::size_t i = 0; i < fds.size(); ++i) {
+  const int count =
+      ::poll(fds.data(), static_cast<nfds_t>(fds.size()), poll_timeout(until));
+  if (count < 0 && errno != EINTR) { ::poll(nullptr, 0, 10); } // never spin
+  for (std::size_t i = 0; count > 0 && i < fds.size(); ++i) {
     const auto what = fds[i].revents;
     auto &socket = *sockets_[i];
     if (!what) { continue; }
@@ -1472,1359 +2558,3236 @@ inline void Poller::wait(Clock::time_point until) {
     socket.ended |= socket.broken || (what & POLLHUP);
     socket.readable |= socket.ended || (what & POLLIN);
     socket.writable |= socket.broken || (what & POLLOUT);
-    news_.push_back(&socket);
+    events_.push_back(&socket);
   }
 }
 #endif
 
-inline Socket *Poller::next() {
-  while (next_ < news_.size()) {
-    if (const auto socket = news_[next_++]) { return socket; }
+// Whether an idle connection has neither been closed nor sent anything.
+inline bool is_silent(const Socket &socket) {
+  char byte = 0;
+  return ::recv(socket.fd.get(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 &&
+         would_block(errno);
+}
+
+// ---- Net: buffers
+
+// Memory for buffers, directly from the kernel: only pages that were ever
+// filled are backed by memory, and all of it can be given back, unlike with a
+// heap. The most recently used ones are used first, so that they stay in the
+// CPU's cache.
+class BufferPool {
+public:
+  BufferPool() = default;
+  BufferPool(const BufferPool &) = delete;
+  BufferPool &operator=(const BufferPool &) = delete;
+  ~BufferPool() {
+    for (const auto memory : spare_) {
+      ::munmap(memory, WARMPROXY_MAX_HEAD_SIZE);
+    }
   }
-  return nullptr;
-}
 
-inline Pages::~Pages() {
-  for (const auto page : spare_) {
-    ::munmap(page, max_head);
+  char *take() {
+    if (!spare_.empty()) {
+      const auto memory = spare_.back();
+      spare_.pop_back();
+      return memory;
+    }
+    const auto memory =
+        ::mmap(nullptr, WARMPROXY_MAX_HEAD_SIZE, PROT_READ | PROT_WRITE,
+               MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) { throw std::bad_alloc(); }
+    return static_cast<char *>(memory);
   }
-}
 
-inline char *Pages::take() {
-  if (!spare_.empty()) {
-    const auto page = spare_.back();
-    spare_.pop_back();
-    return page;
+  void release(char *memory) {
+    if (spare_.size() < 16) {
+      spare_.push_back(memory);
+    } else {
+      ::munmap(memory, WARMPROXY_MAX_HEAD_SIZE);
+    }
   }
-  const auto memory = ::mmap(nullptr, max_head, PROT_READ | PROT_WRITE,
-                             MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) { throw std::bad_alloc(); }
-  return static_cast<char *>(memory);
-}
 
-inline void Pages::give(char *page) {
-  if (spare_.size() < 16) {
-    spare_.push_back(page);
-  } else {
-    ::munmap(page, max_head);
+private:
+  std::vector<char *> spare_;
+};
+
+// The buffer of one direction, as large as the largest head. It holds memory
+// only while it holds bytes.
+class Buffer {
+public:
+  explicit Buffer(BufferPool &pool) : pool_(pool) {}
+  ~Buffer() { clear(); }
+  Buffer(const Buffer &) = delete;
+  Buffer &operator=(const Buffer &) = delete;
+
+  std::string_view view() const { return {data_ + begin_, end_ - begin_}; }
+  bool empty() const { return begin_ == end_; }
+  bool full() const { return end_ - begin_ == WARMPROXY_MAX_HEAD_SIZE; }
+
+  void consume(std::size_t count) {
+    begin_ += count;
+    if (begin_ == end_) { clear(); }
   }
-}
+  // Removes the one byte at `position`.
+  void erase(std::size_t position) {
+    char *at = data_ + begin_ + position;
+    std::memmove(at, at + 1, static_cast<std::size_t>(data_ + --end_ - at));
+  }
+  void clear() {
+    begin_ = end_ = 0;
+    if (data_) { pool_.release(std::exchange(data_, nullptr)); }
+  }
+  // `bytes` have to fit.
+  void append(std::string_view bytes) {
+    if (bytes.empty()) { return; }
+    if (!data_) { data_ = pool_.take(); }
+    bytes.copy(data_ + end_, bytes.size());
+    end_ += bytes.size();
+  }
+  // Appends what has arrived, without waiting. Returns as recv(2) does.
+  ssize_t receive(Socket &socket);
 
-inline void Block::consume(std::size_t n) {
-  begin_ += n;
-  if (begin_ == end_) { clear(); }
-}
+private:
+  BufferPool &pool_;
+  char *data_ = nullptr;
+  std::size_t begin_ = 0, end_ = 0;
+};
 
-inline void Block::clear() {
-  begin_ = end_ = 0;
-  if (data_) { pages_.give(std::exchange(data_, nullptr)); }
-}
-
-inline ssize_t Block::receive(int fd, bool &more) {
-  if (!data_) { data_ = pages_.take(); }
-  if (end_ == max_head) {
+inline ssize_t Buffer::receive(Socket &socket) {
+  if (!data_) { data_ = pool_.take(); }
+  if (end_ == WARMPROXY_MAX_HEAD_SIZE) {
     std::memmove(data_, data_ + begin_, end_ - begin_);
     end_ -= std::exchange(begin_, 0);
   }
-  const auto room = std::min(max_portion, max_head - end_);
-  const auto n = ::recv(fd, data_ + end_, room, MSG_DONTWAIT);
+  const auto room = std::min<std::size_t>(WARMPROXY_READ_SIZE,
+                                          WARMPROXY_MAX_HEAD_SIZE - end_);
+  const auto n = ::recv(socket.fd.get(), data_ + end_, room, MSG_DONTWAIT);
   const int error = errno;
-  const auto got = n > 0 ? static_cast<std::size_t>(n) : 0;
-  end_ += got;
-  more = n == 0 || got == room; // else that was all
+  const auto received = n > 0 ? static_cast<std::size_t>(n) : 0;
+  end_ += received;
+  // A short count means that there is no more, except for the end of the
+  // stream, which triggers no further edge.
+  socket.readable = n == 0 || received == room || (n > 0 && socket.ended);
   if (empty()) { clear(); }
   errno = error;
   return n;
 }
 
-inline ssize_t receive(Socket &from, Block &to) {
-  const auto n = to.receive(from.fd.get(), from.readable);
-  // Behind those bytes there is an end, of which there is no further news.
-  from.readable |= n > 0 && from.ended;
-  return n;
-}
+// ---- Net: the event loop
 
-// Whether a kept connection has neither been closed nor said a word.
-inline bool is_silent(int fd) {
-  char byte = 0;
-  return ::recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 &&
-         would_block(errno);
-}
+// Something that an event loop runs when a socket of its has an event, when its
+// deadline has come, and after Loop::notify(). It may be run without a reason.
+class Task {
+public:
+  enum class Next {
+    wait,  // nothing can be done before an event or the deadline
+    yield, // run it again after the others had their turn
+    close  // it is finished: destroy it (only for tasks that were posted)
+  };
 
-struct Address {
-  Address(bool ipv6, int port) {
-    if (ipv6) {
-      auto &in6 = reinterpret_cast<sockaddr_in6 &>(storage);
-      in6.sin6_family = AF_INET6;
-      in6.sin6_addr = in6addr_loopback;
-      in6.sin6_port = htons(static_cast<std::uint16_t>(port));
-      size = sizeof(in6);
-    } else {
-      auto &in = reinterpret_cast<sockaddr_in &>(storage);
-      in.sin_family = AF_INET;
-      in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-      in.sin_port = htons(static_cast<std::uint16_t>(port));
-      size = sizeof(in);
-    }
-  }
-  sockaddr *get() { return reinterpret_cast<sockaddr *>(&storage); }
+  Task() = default;
+  Task(const Task &) = delete;
+  Task &operator=(const Task &) = delete;
+  virtual ~Task() = default;
 
-  sockaddr_storage storage{};
-  socklen_t size;
+  virtual Next run() = 0;
+  virtual Time deadline() const = 0;
+  // Called before run() after Loop::resume().
+  virtual void resumed() {}
+
+private:
+  friend class Loop;
+  std::list<std::unique_ptr<Task>>::iterator self_;
+  Time scheduled_ = Time::max();
 };
 
-inline Descriptor new_socket(int family) {
-#ifdef SOCK_CLOEXEC
-  return Descriptor(::socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0));
-#else
-  Descriptor fd(::socket(family, SOCK_STREAM, 0));
-  if (fd) { ::fcntl(fd.get(), F_SETFD, FD_CLOEXEC); }
-  return fd;
-#endif
-}
-
-// A connection to the target, or none and errno. With `patience` it is tried
-// for so long; without, it may not be there yet.
-inline Descriptor connect_to_target(bool ipv6, int port,
-                                    milliseconds patience) {
-  auto fd = new_socket(ipv6 ? AF_INET6 : AF_INET);
-  if (!fd) { return fd; }
-  set_option(fd.get(), IPPROTO_TCP, TCP_NODELAY, 1);
-  if (patience.count()) {
-    timeval time{};
-    time.tv_sec = static_cast<decltype(time.tv_sec)>(patience.count() / 1000);
-    time.tv_usec =
-        static_cast<decltype(time.tv_usec)>(patience.count() % 1000 * 1000);
-    ::setsockopt(fd.get(), SOL_SOCKET, SO_SNDTIMEO, &time, sizeof(time));
-  } else {
-    ::fcntl(fd.get(), F_SETFL, O_NONBLOCK);
-  }
-  Address address(ipv6, port), self(ipv6, 0);
-  if (::connect(fd.get(), address.get(), address.size) != 0) {
-    if (errno == EINPROGRESS && patience.count()) { errno = ETIMEDOUT; }
-    if (errno != EINPROGRESS) { return {}; }
-  }
-  // A connect to a port in the ephemeral range where nobody listens can be
-  // given that very port as its own, and then has met itself. Reset, or the
-  // port would stay taken for a minute.
-  ::getsockname(fd.get(), self.get(), &self.size);
-  if (std::memcmp(&self.storage, &address.storage, address.size) == 0) {
-    reset_on_close(fd.get());
-    fd.reset();
-    errno = ECONNREFUSED;
-  }
-  return fd;
-}
-
-inline int free_port() {
-  for (const bool ipv6 : {false, true}) {
-    Address address(ipv6, 0);
-    const auto fd = new_socket(ipv6 ? AF_INET6 : AF_INET);
-    if (fd && ::bind(fd.get(), address.get(), address.size) == 0 &&
-        ::getsockname(fd.get(), address.get(), &address.size) == 0) {
-      // The port is at the same place in both.
-      return ntohs(reinterpret_cast<sockaddr_in &>(address.storage).sin_port);
+// One event loop, run by one thread. The tasks posted to it are its own.
+class Loop {
+public:
+  explicit Loop(const Log &log) : log_(log) {
+    if (!poller_.add(wakeup_.socket)) {
+      throw std::system_error(errno, std::generic_category(), "epoll_ctl");
     }
   }
-  return 0;
-}
 
-/*
- * Listener
- */
+  // From any thread.
+  void post(std::unique_ptr<Task> task);
+  void notify();           // runs all tasks, since something has changed
+  void resume(Task &task); // which must not be destroyed before it has run
+  void wake() { wakeup_.wake(); }
+  std::size_t size() const { return size_; } // of the tasks posted
 
-inline std::string normal_prefix(std::string prefix) {
-  while (!prefix.empty() && prefix.back() == '/') {
-    prefix.pop_back();
-  }
-  return prefix.empty() || prefix[0] == '/' ? prefix : "/" + prefix;
-}
+  // From the loop's own thread.
+  void turn(Time until); // waits once, at most `max_wait`, and handles events
+  Time now() const { return now_; } // when this turn began
+  // A task that is not the loop's own, and outlives it.
+  void attach(Task &task) { attached_.push_back(&task); }
+  bool watch(Socket &socket) { return poller_.add(socket); }
+  void forget(Socket &socket) { poller_.remove(socket); }
+  // Has the task run at its deadline, which has come closer.
+  void reschedule(Task &task) { schedule(task, task.deadline()); }
+  void run_soon(Task &task) { schedule(task, now_); }
 
-inline Listener::Listener(const warmproxy::Options &o, const Log &l,
-                          Supervisor &s, Vercel *v)
-    : options(o), log(l), supervisor(s), vercel(v),
-      strip_prefix(normal_prefix(o.strip_prefix)) {
-  // Not httplib's default, SO_REUSEPORT: a second one of us on the same port
-  // would take half the connections and never be noticed.
-  set_socket_options(
-      [](socket_t fd) { set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1); });
-  const auto cores = std::thread::hardware_concurrency();
-  for (unsigned i = 0; i < std::clamp(cores, 1U, max_loops); ++i) {
-    loops_.push_back(std::make_unique<Loop>(*this));
-  }
-  supervisor.on_change([this] { tell_all(); });
-}
+  BufferPool buffers;
 
-inline Listener::~Listener() { supervisor.on_change({}); }
+private:
+  void handle_wakeup();
+  void run(Task &task);
+  void schedule(Task &task, Time when);
+  void close(Task &task);
 
-inline int Listener::bind(const std::string &host, int port) {
-  if (!port) {
-    port = bind_to_any_port(host);
-  } else if (!bind_to_port(host, port)) {
-    port = -1;
-  }
-  if (port < 0) { return port; }
-  listening_.fd.reset(svr_sock_.exchange(INVALID_SOCKET));
-  const int fd = listening_.fd.get();
-  ::fcntl(fd, F_SETFL, O_NONBLOCK);
-  // httplib's backlog is 5 in old releases: the sixth of many first requests at
-  // once would have to wait a second for its next SYN.
-  ::listen(fd, SOMAXCONN);
-  // What is set here, accepted connections inherit (on Linux).
-  set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
-  set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1); // finds clients that died
-#ifdef __linux__
-  set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, 60);
-#endif
-  return port;
-}
+  const Log &log_;
+  Poller poller_;
+  Wakeup wakeup_;
+  std::atomic<bool> notified_{false};
+  std::mutex mutex_; // of the next two
+  std::vector<std::unique_ptr<Task>> posted_;
+  std::vector<Task *> resumed_;
+  std::atomic<std::size_t> size_{0};
 
-inline bool Listener::run() {
-  if (!listening_.fd) { return false; }
-  auto &first = *loops_.front();
-  std::atomic<bool> over{false};
-  std::vector<std::thread> threads;
-  try {
-    while (running_ < loops_.size()) {
-      threads.emplace_back([&over, &loop = *loops_[running_]] {
-        while (!over) {
-          loop.turn(Clock::time_point::max());
-        }
-      });
-      ++running_;
-    }
-  } catch (const std::system_error &) {} // no more threads: fewer will do
+  Time now_ = RunningClock::now();
+  std::list<std::unique_ptr<Task>> tasks_;
+  std::vector<Task *> attached_;
+  std::set<std::pair<Time, Task *>> timers_;
+};
 
-  bool good = first.watch(listening_);
-  while (good && !draining_) {
-    first.turn(listening_.readable && !waiting_for_room_
-                   ? paused_until_
-                   : Clock::time_point::max());
-    good = accept();
-  }
-  // Who has connected by now is served, who connects from now on is refused.
-  listening_.readable = good;
-  while (listening_.readable && first.now() >= paused_until_ &&
-         !waiting_for_room_ && accept()) {}
-  first.forget(listening_);
-  listening_.fd.reset();
-  draining_ = true;
-  tell_all();
-  const auto until = Clock::now() + options.stop_timeout;
-  while (const auto count = connections()) {
-    if (Clock::now() >= until && !cutting_) {
-      log(concat("cut ", std::to_string(count),
-                 " connections that did not end in ",
-                 in_seconds(options.stop_timeout), " s"));
-      cutting_ = true;
-      tell_all();
-    }
-    first.turn(cutting_ ? Clock::time_point::max() : until);
-  }
-  over = true;
-  tell_all();
-  for (auto &thread : threads) {
-    thread.join();
-  }
-  supervisor.quit();
-  return good;
-}
-
-inline void Listener::stop() {
-  draining_ = true;
-  tell_all();
-}
-
-inline void Listener::tell_all(bool let_kept_go) {
-  for (const auto &loop : loops_) {
-    loop->tell(let_kept_go);
-  }
-}
-
-inline void Listener::left() {
-  if (waiting_for_room_ || draining_) { loops_.front()->wake(); }
-}
-
-inline std::size_t Listener::connections() const {
-  std::size_t count = 0;
-  for (const auto &loop : loops_) {
-    count += loop->size();
-  }
-  return count;
-}
-
-// Two descriptors a connection, and some for the rest of us: for each Loop
-// three and those of `spare_upstreams`, for the Supervisor about ten.
-inline std::size_t Listener::capacity() const {
-  rlimit files{};
-  if (::getrlimit(RLIMIT_NOFILE, &files) != 0) {
-    return options.max_connections;
-  }
-  const auto room = files.rlim_cur > 64 ? (files.rlim_cur - 48) / 2 : 8;
-  return static_cast<std::size_t>(
-      std::min<rlim_t>(room, options.max_connections));
-}
-
-inline std::string address_text(const sockaddr_storage &peer) {
-  char text[INET6_ADDRSTRLEN] = "";
-  if (peer.ss_family == AF_INET6) {
-    const auto &in6 = reinterpret_cast<const sockaddr_in6 &>(peer);
-    ::inet_ntop(AF_INET6, &in6.sin6_addr, text, sizeof(text));
-  } else {
-    const auto &in = reinterpret_cast<const sockaddr_in &>(peer);
-    ::inet_ntop(AF_INET, &in.sin_addr, text, sizeof(text));
-  }
-  const std::string_view mapped = "::ffff:"; // IPv4 on a dual-stack socket
-  return starts_with(text, mapped) && contains(text, ".") ? text + mapped.size()
-                                                          : text;
-}
-
-// Takes what has come, and hands it to the Loop that has least to do. False if
-// nothing can be accepted any more.
-inline bool Listener::accept() {
-  const auto now = loops_.front()->now();
-  for (int i = 0; i < 64 && listening_.readable && now >= paused_until_; ++i) {
-    // Beyond the limit there is room for a few, to be told 503; when that is
-    // taken too, the rest wait in the backlog.
-    waiting_for_room_ = true; // before we count, or who leaves would not tell
-    if (connections() >= capacity() + 16) { break; }
-    waiting_for_room_ = false;
-    sockaddr_storage peer{};
-    socklen_t size = sizeof(peer);
-    const auto address = reinterpret_cast<sockaddr *>(&peer);
-#ifdef SOCK_CLOEXEC
-    Descriptor client(
-        ::accept4(listening_.fd.get(), address, &size, SOCK_CLOEXEC));
-#else
-    Descriptor client(::accept(listening_.fd.get(), address, &size));
-#endif
-    if (client) {
-      const auto count = connections();
-      const bool crowded = count >= capacity();
-      if (crowded && now >= complain_at_) {
-        complain_at_ = now + std::chrono::seconds(10);
-        log(concat("more than ", std::to_string(count),
-                   " connections: further ones are answered 503"));
-      }
-      const auto end = loops_.begin() + static_cast<std::ptrdiff_t>(running_);
-      const auto least = std::min_element(
-          loops_.begin(), end,
-          [](const auto &a, const auto &b) { return a->size() < b->size(); });
-      (*least)->adopt(std::move(client), address_text(peer), crowded);
-    } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
-      listening_.readable = false;
-    } else if (errno == EBADF || errno == EINVAL || errno == ENOTSOCK) {
-      return false;
-    } else if (errno != EINTR && errno != ECONNABORTED) {
-      // Out of descriptors or memory (EMFILE, ENFILE, ENOBUFS, ENOMEM): the end
-      // of a connection is what can help.
-      paused_until_ = now + milliseconds(100);
-    }
-  }
-  return true;
-}
-
-/*
- * Loop
- */
-
-inline Loop::Loop(Listener &l) : listener(l) {
-  if (!make_wake_pipe(woken_.fd, wake_) || !poller_.add(woken_)) {
-    throw std::system_error(errno, std::generic_category(), "pipe");
-  }
-}
-
-inline Loop::~Loop() = default; // where Connection is complete
-
-inline void Loop::adopt(Descriptor client, std::string peer, bool crowded) {
+inline void Loop::post(std::unique_ptr<Task> task) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    arrivals_.push_back({std::move(client), std::move(peer), crowded});
+    posted_.push_back(std::move(task));
     ++size_;
   }
   wake();
 }
 
-inline void Loop::tell(bool let_kept_go) {
-  if (let_kept_go) { let_kept_go_ = true; }
-  told_ = true;
+inline void Loop::notify() {
+  notified_ = true;
   wake();
 }
 
-inline void Loop::wake() { write_wake(wake_); }
-
-inline void Loop::turn(Clock::time_point until) {
-  if (!timers_.empty()) { until = std::min(until, timers_.begin()->first); }
-  if (!kept_.empty()) {
-    until = std::min(until, kept_.front()->since + kept_limit);
-  }
-  poller_.wait(until);
-  now_ = Clock::now();
-
-  bool woken = false;
-  while (const auto socket = poller_.next()) {
-    if (socket->user) {
-      go_on(*socket->user);
-    } else if (socket == &woken_) {
-      woken = true;
-    } else {
-      look_at_kept(*socket);
-    }
-  }
-  if (woken) {
-    read_wakes(woken_.fd);
-    woken_.readable = false;
-    greet();
-    if (told_.exchange(false)) { attend(); }
-  }
-  while (!timers_.empty() && timers_.begin()->first <= now_) {
-    auto &connection = *timers_.begin()->second;
-    timers_.erase(timers_.begin());
-    connection.scheduled = Clock::time_point::max();
-    go_on(connection);
-  }
-  while (!kept_.empty() && now_ - kept_.front()->since >= kept_limit) {
-    drop_oldest();
-  }
-}
-
-// Takes in the connections that were handed over.
-inline void Loop::greet() {
-  std::vector<Arrival> arrivals;
+inline void Loop::resume(Task &task) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    arrivals.swap(arrivals_);
+    resumed_.push_back(&task);
   }
-  for (auto &arrival : arrivals) {
-    try {
-      connections_.emplace_back(*this, std::move(arrival.client),
-                                std::move(arrival.peer), arrival.crowded);
-    } catch (const std::exception &error) { // no memory, or no watch
-      listener.log(concat("cannot serve a connection: ", error.what()));
-      --size_;
-      listener.left();
-      continue;
-    }
-    connections_.back().self = std::prev(connections_.end());
-    schedule(connections_.back(), connections_.back().deadline());
+  wake();
+}
+
+inline void Loop::turn(Time until) {
+  if (!timers_.empty()) { until = std::min(until, timers_.begin()->first); }
+  poller_.wait(until);
+  now_ = RunningClock::now();
+  // What has arrived comes before any deadline.
+  while (const auto socket = poller_.next()) {
+    if (socket->owner) { run(*socket->owner); }
+  }
+  if (wakeup_.socket.readable) { handle_wakeup(); }
+  while (!timers_.empty() && timers_.begin()->first <= now_) {
+    auto &task = *timers_.begin()->second;
+    timers_.erase(timers_.begin());
+    task.scheduled_ = Time::max();
+    run(task);
   }
 }
 
-inline void Loop::attend() {
-  for (auto next = connections_.begin(); next != connections_.end();) {
-    auto &connection = *next++;
-    if (listener.cutting()) {
-      end(connection);
-    } else if (connection.is_to_be_told()) {
-      go_on(connection);
-    }
+inline void Loop::handle_wakeup() {
+  wakeup_.drain();
+  std::vector<std::unique_ptr<Task>> posted;
+  std::vector<Task *> resumed;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    posted.swap(posted_);
+    resumed.swap(resumed_);
   }
-  // A target that is to end may wait for its connections to do so first.
-  const bool all = let_kept_go_.exchange(false);
-  while (!kept_.empty() &&
-         (all || !listener.supervisor.is_up(kept_.front()->generation))) {
-    drop_oldest();
+  for (auto &task : posted) {
+    tasks_.push_back(std::move(task));
+    tasks_.back()->self_ = std::prev(tasks_.end());
+    run(*tasks_.back());
+  }
+  for (const auto task : resumed) {
+    task->resumed();
+    run(*task);
+  }
+  if (!notified_.exchange(false)) { return; }
+  for (const auto task : attached_) {
+    run(*task);
+  }
+  for (auto next = tasks_.begin(); next != tasks_.end();) {
+    run(**next++);
   }
 }
 
-inline void Loop::go_on(Connection &connection) {
-  auto step = Connection::Step::end;
+inline void Loop::run(Task &task) {
+  auto next = Task::Next::close;
   try {
-    step = connection.go_on();
-  } catch (const std::exception &error) { // no memory
-    listener.log(concat("a connection was cut: ", error.what()));
+    next = task.run();
+  } catch (const std::exception &error) { // out of memory
+    log_(concat("connection aborted: ", error.what()));
   }
-  switch (step) {
-  case Connection::Step::end: return end(connection);
-  case Connection::Step::soon: return schedule(connection, now_);
-  default: return schedule(connection, connection.deadline());
+  switch (next) {
+  case Task::Next::close: return close(task);
+  case Task::Next::yield: return schedule(task, now_);
+  case Task::Next::wait: return schedule(task, task.deadline());
   }
 }
 
-// Sees to it that it goes on then, or sooner. When the time comes, who has a
-// later one by now is scheduled anew: so a deadline that is put off with every
-// request costs nothing.
-inline void Loop::schedule(Connection &connection, Clock::time_point when) {
+// Runs the task at `when`, or earlier. A task whose deadline has moved on by
+// then is scheduled anew: so a deadline that moves with every request is free.
+inline void Loop::schedule(Task &task, Time when) {
   when = std::max(when, now_ + std::chrono::nanoseconds(1)); // the next turn
-  if (when >= connection.scheduled) { return; }
-  timers_.erase({connection.scheduled, &connection});
-  connection.scheduled = when;
-  timers_.insert({when, &connection});
+  if (when >= task.scheduled_) { return; }
+  timers_.erase({task.scheduled_, &task});
+  task.scheduled_ = when;
+  timers_.insert({when, &task});
 }
 
-inline void Loop::end(Connection &connection) {
-  timers_.erase({connection.scheduled, &connection});
-  connections_.erase(connection.self);
+inline void Loop::close(Task &task) {
+  timers_.erase({task.scheduled_, &task});
+  tasks_.erase(task.self_); // destroys it
   --size_;
-  limit_kept();
-  listener.left();
 }
 
-inline std::unique_ptr<Upstream> Loop::take(std::uint64_t generation,
-                                            milliseconds oldest, bool care) {
-  // The last one kept is the one least likely to have been closed.
-  while (!kept_.empty() && now_ - kept_.back()->since < oldest) {
-    auto upstream = std::move(kept_.back());
-    kept_.pop_back();
-    // What a target says unasked on an idle connection, a 408 as it closes it,
-    // is nobody's answer. It has no time for that between two requests that
-    // follow each other closely; to look every time is a fifth of the system
-    // calls of a request.
-    const bool fresh = now_ - upstream->since < milliseconds(20);
-    if (upstream->generation == generation && !upstream->ended &&
-        ((fresh && !care && !upstream->readable) ||
-         is_silent(upstream->fd.get()))) {
-      return upstream;
-    }
-    drop(std::move(upstream));
+// ---- Pool: idle upstream connections and the rules of reuse
+// ------------------
+
+// A connection to the target, in use or idle.
+struct Upstream : Socket {
+  std::uint64_t generation = 0; // of the target
+  const void *client = nullptr; // the only client that may use it; null: any
+  bool authenticated = false;   // NTLM or Negotiate logged its client in
+  Time idle_since{};
+};
+
+// The upstream connections of one event loop. Idle ones are reused from the
+// most recently used one on, which the target is least likely to have closed.
+class UpstreamPool : public Task {
+public:
+  explicit UpstreamPool(Loop &loop) : loop_(loop) { loop.attach(*this); }
+
+  // Watches a dialed connection, on behalf of `user`. Null, and errno, if there
+  // is no room for it.
+  std::unique_ptr<Upstream> open(Descriptor fd, std::uint64_t generation,
+                                 Task &user);
+  // An idle connection that `client` may use for its next request, or null.
+  // What is not `repeatable` must not meet a connection that the target is just
+  // closing: only one that has been idle for less than `fresh` will do, and
+  // only if this target is known to leave idle connections open for that long.
+  std::unique_ptr<Upstream> take(const void *client, std::uint64_t generation,
+                                 bool repeatable, Task &user);
+  // Makes a connection idle, for the next request.
+  void release(std::unique_ptr<Upstream> upstream);
+  void close(std::unique_ptr<Upstream> upstream);
+  // Closes a connection that could be reused but must not be. One is set aside
+  // first where it is not known yet how long the target leaves one open.
+  void retire(std::unique_ptr<Upstream> upstream);
+  // Closes what is private to a client that has gone.
+  void close_private(const void *client);
+
+  // From any thread: closes all idle connections, for a target that waits for
+  // their end. idle_count() is 0 once that is done.
+  void close_all() {
+    close_all_ = true;
+    loop_.notify();
   }
-  if (!kept_.empty()) { drop_oldest(); } // it is replaced by a new one
-  return {};
-}
+  std::size_t idle_count() const { return idle_count_; }
 
-inline std::unique_ptr<Upstream> Loop::open(Descriptor fd,
-                                            std::uint64_t generation) {
+  Next run() override;
+  Time deadline() const override;
+
+private:
+  std::unique_ptr<Upstream> remove_idle(const void *client);
+  bool may_use(const Upstream &upstream, bool repeatable) const;
+  bool is_open(const Upstream &upstream, bool repeatable) const;
+  template <typename Condition> void close_idle_if(Condition condition);
+  void close_if_ended();
+  void limit();
+
+  static constexpr milliseconds fresh_time{1000};
+  static constexpr milliseconds idle_timeout{WARMPROXY_UPSTREAM_IDLE_TIMEOUT};
+
+  Loop &loop_;
+  std::vector<std::unique_ptr<Upstream>> idle_; // the oldest first
+  std::unique_ptr<Upstream> evidence_;          // set aside by retire()
+  // The life of the target that is known to leave idle connections open for
+  // `fresh_time`, and the one that has to be rid of them.
+  std::uint64_t patient_ = 0, impatient_ = 0;
+  std::size_t open_ = 0; // connections, those in use included
+  std::atomic<std::size_t> idle_count_{0};
+  std::atomic<bool> close_all_{false};
+};
+
+inline std::unique_ptr<Upstream>
+UpstreamPool::open(Descriptor fd, std::uint64_t generation, Task &user) {
   auto upstream = std::make_unique<Upstream>();
   upstream->fd = std::move(fd);
   upstream->generation = generation;
-  if (!poller_.add(*upstream)) { return {}; }
-  ++upstreams_;
-  limit_kept();
+  upstream->owner = &user;
+  if (!loop_.watch(*upstream)) { return {}; }
+  ++open_;
+  limit();
   return upstream;
 }
 
-inline void Loop::keep(std::unique_ptr<Upstream> upstream) {
-  upstream->user = nullptr;
-  upstream->since = now_;
-  kept_.push_back(std::move(upstream));
-}
-
-inline void Loop::drop(std::unique_ptr<Upstream> upstream) {
-  poller_.remove(*upstream);
-  --upstreams_;
-}
-
-inline void Loop::drop_oldest() {
-  drop(std::move(kept_.front()));
-  kept_.erase(kept_.begin());
-}
-
-inline void Loop::limit_kept() {
-  while (!kept_.empty() && upstreams_ > size_ + spare_upstreams) {
-    drop_oldest();
+inline std::unique_ptr<Upstream> UpstreamPool::take(const void *client,
+                                                    std::uint64_t generation,
+                                                    bool repeatable,
+                                                    Task &user) {
+  while (auto upstream = remove_idle(client)) {
+    const bool current = upstream->generation == generation;
+    if (current && !may_use(*upstream, repeatable)) {
+      retire(std::move(upstream)); // a new one takes its place
+      return {};
+    }
+    if (current && is_open(*upstream, repeatable)) {
+      upstream->owner = &user;
+      return upstream;
+    }
+    close(std::move(upstream));
   }
+  return {};
 }
 
-// What the target says, or does, about a connection that nobody uses.
-inline void Loop::look_at_kept(const Socket &socket) {
-  const auto kept = std::find_if(
-      kept_.begin(), kept_.end(),
-      [&](const std::unique_ptr<Upstream> &k) { return k.get() == &socket; });
-  if (kept == kept_.end() || is_silent(socket.fd.get())) { return; }
-  drop(std::move(*kept));
-  kept_.erase(kept);
-}
-
-/*
- * Connection: a request comes in
- */
-
-inline Connection::Connection(Loop &loop, Descriptor client, std::string peer,
-                              bool crowded)
-    : loop_(loop), listener_(loop.listener), options_(listener_.options),
-      peer_(std::move(peer)), crowded_(crowded), from_client_(loop.pages),
-      from_target_(loop.pages) {
-  client_.fd = std::move(client);
-  client_.user = this;
-  if (!loop_.watch(client_)) {
-    throw std::system_error(errno, std::generic_category(), "epoll_ctl");
-  }
-  await_request();
-}
-
-inline Connection::~Connection() {
-  // In the middle of an exchange a close would look like the end of what only
-  // ends so.
-  if (stage_ == Stage::exchanging && answering_ &&
-      (down_.unframe || down_.framing.mode() >= Framing::Mode::until_close)) {
-    reset_on_close(client_.fd.get());
-  }
-  let_go();
-  end_invocation();
-  loop_.forget(client_);
-}
-
-inline Connection::Step Connection::go_on() {
-  for (;;) {
-    const auto step = [this] {
-      switch (stage_) {
-      case Stage::reading: return read_request();
-      case Stage::waiting: return await_target();
-      case Stage::exchanging: return exchange();
-      case Stage::answering: return send_own_answer();
-      case Stage::lingering: break;
-      }
-      return linger();
-    }();
-    if (step != Step::again) { return step; }
-  }
-}
-
-inline void Connection::await_request() {
-  if (request_text_.capacity() > 4096) { // what a large head took
-    request_text_ = {};
-    request_ = answer_ = {};
-  }
-  stage_ = Stage::reading;
-  seen_ = 0;
-  in_head_ = false;
-  deadline_ = loop_.now() + (crowded_ ? std::chrono::seconds(2) : idle_limit);
-}
-
-// Reads one head into request_.
-inline Connection::Step Connection::read_request() {
-  const auto refuse = [this](int status, std::string_view reason) {
-    request_ = {};
-    return say(status, reason);
+// The client's private connection, or else the shared one used last.
+inline std::unique_ptr<Upstream> UpstreamPool::remove_idle(const void *client) {
+  const auto find = [this](const void *wanted) {
+    return std::find_if(
+        idle_.rbegin(), idle_.rend(),
+        [wanted](const auto &upstream) { return upstream->client == wanted; });
   };
-  std::size_t end = 0;
-  for (int i = 0;; ++i) {
-    if (i == portions_a_turn) { return Step::soon; }
-    // RFC 9112, section 2.2: empty lines before a request are skipped.
-    while (starts_with(from_client_.view(), "\r\n")) {
-      from_client_.consume(2);
+  auto found = find(client);
+  if (found == idle_.rend()) { found = find(nullptr); }
+  if (found == idle_.rend()) { return {}; }
+  auto upstream = std::move(*found);
+  idle_.erase(std::next(found).base());
+  --idle_count_;
+  return upstream;
+}
+
+inline bool UpstreamPool::may_use(const Upstream &upstream,
+                                  bool repeatable) const {
+  return repeatable || upstream.authenticated ||
+         (patient_ == upstream.generation &&
+          loop_.now() - upstream.idle_since < fresh_time);
+}
+
+// A target that closes an idle connection may send something first, such as a
+// 408, which must not become the response to the next request. It has no time
+// for that between two requests in close succession, and to look every time
+// would be a fifth of a request's system calls.
+inline bool UpstreamPool::is_open(const Upstream &upstream,
+                                  bool repeatable) const {
+  if (upstream.ended) { return false; }
+  const bool just_used = loop_.now() - upstream.idle_since < milliseconds(20);
+  return (repeatable && just_used && !upstream.readable) || is_silent(upstream);
+}
+
+inline void UpstreamPool::release(std::unique_ptr<Upstream> upstream) {
+  upstream->owner = this;
+  upstream->idle_since = loop_.now();
+  idle_.push_back(std::move(upstream));
+  ++idle_count_;
+  if (idle_.size() == 1) { loop_.reschedule(*this); }
+}
+
+inline void UpstreamPool::close(std::unique_ptr<Upstream> upstream) {
+  loop_.forget(*upstream);
+  --open_;
+}
+
+inline void UpstreamPool::retire(std::unique_ptr<Upstream> upstream) {
+  const auto generation = upstream->generation;
+  if (evidence_ || patient_ == generation || impatient_ == generation) {
+    return close(std::move(upstream));
+  }
+  upstream->owner = this;
+  upstream->idle_since = loop_.now();
+  evidence_ = std::move(upstream);
+  ++idle_count_;
+  loop_.reschedule(*this);
+}
+
+template <typename Condition>
+void UpstreamPool::close_idle_if(Condition condition) {
+  const auto close_this = [&](std::unique_ptr<Upstream> &upstream) {
+    if (!upstream || !condition(*upstream)) { return false; }
+    close(std::move(upstream));
+    --idle_count_;
+    return true;
+  };
+  idle_.erase(std::remove_if(idle_.begin(), idle_.end(), close_this),
+              idle_.end());
+  close_this(evidence_);
+}
+
+inline void UpstreamPool::close_private(const void *client) {
+  close_idle_if(
+      [client](const Upstream &upstream) { return upstream.client == client; });
+  limit();
+}
+
+// Leaves room for one more where clients come for one request each.
+inline void UpstreamPool::limit() {
+  const auto most = loop_.size() + WARMPROXY_SPARE_UPSTREAMS;
+  for (; open_ > most && !idle_.empty(); --idle_count_) {
+    close(std::move(idle_.front()));
+    idle_.erase(idle_.begin());
+  }
+}
+
+// Whatever a target sends or does on an idle connection ends it.
+inline void UpstreamPool::close_if_ended() {
+  close_idle_if([this](Upstream &upstream) {
+    if (!upstream.ended && !upstream.readable) { return false; }
+    if (!upstream.ended && is_silent(upstream)) {
+      upstream.readable = false;
+      return false;
     }
-    end = head_end(from_client_.view(), seen_);
-    if (end) { break; }
-    seen_ = from_client_.view().size();
-    if (from_client_.full()) {
-      return refuse(431, "the request's head is larger than 64 KB");
+    const bool early = loop_.now() - upstream.idle_since < fresh_time;
+    if (early && patient_ == upstream.generation) { patient_ = 0; }
+    return true;
+  });
+}
+
+inline Task::Next UpstreamPool::run() {
+  if (close_all_.exchange(false)) {
+    close_idle_if([this](const Upstream &upstream) {
+      impatient_ = upstream.generation;
+      return true;
+    });
+  }
+  close_if_ended();
+  for (const auto *upstream :
+       {evidence_.get(), idle_.empty() ? nullptr : idle_.front().get()}) {
+    if (upstream && loop_.now() - upstream->idle_since >= fresh_time) {
+      patient_ = upstream->generation;
     }
-    if (!from_client_.empty() && !std::exchange(in_head_, true)) {
-      deadline_ = loop_.now() + head_limit;
+  }
+  close_idle_if([this](const Upstream &upstream) {
+    const bool served =
+        &upstream == evidence_.get() && patient_ == upstream.generation;
+    return served || loop_.now() - upstream.idle_since >= idle_timeout;
+  });
+  return Next::wait;
+}
+
+inline Time UpstreamPool::deadline() const {
+  auto next = evidence_ ? evidence_->idle_since + fresh_time : Time::max();
+  if (!idle_.empty()) {
+    const auto &oldest = *idle_.front();
+    const bool known = patient_ == oldest.generation;
+    next =
+        std::min(next, oldest.idle_since + (known ? idle_timeout : fresh_time));
+  }
+  return next;
+}
+
+// ---- Process: finding the program ------------------------------------------
+
+// Ends a start; what() is the reason.
+[[noreturn]] inline void fail_start(const std::string &reason) {
+  throw std::runtime_error(reason);
+}
+
+[[noreturn]] inline void fail_start_at(const std::string &path, int error) {
+  fail_start(concat(printable(path), ": ", error_text(error)));
+}
+
+// Where Options::binary may be, in this order.
+inline std::vector<std::string> program_places(const std::string &name) {
+  std::vector<std::string> places;
+  if (contains(name, "/")) {
+    places.push_back(name);
+    std::error_code error;
+    const auto self = std::filesystem::read_symlink("/proc/self/exe", error);
+    if (!error && name[0] != '/') {
+      places.push_back(self.parent_path() / name);
     }
-    if (loop_.now() >= deadline_) {
-      return in_head_ ? refuse(408, "the request's head took longer than 30 s")
-                      : Step::end;
+    return places;
+  }
+  const char *path = std::getenv("PATH");
+  std::string_view rest = path ? path : "/usr/local/bin:/usr/bin:/bin";
+  for (;;) {
+    const auto directory = until(rest, ':'); // empty: the current one
+    places.push_back(concat(directory.empty() ? "." : directory, "/", name));
+    if (directory.size() == rest.size()) { return places; }
+    rest.remove_prefix(directory.size() + 1);
+  }
+}
+
+inline std::string find_place(const std::string &name) {
+  for (const auto &place : program_places(name)) {
+    struct stat file {};
+    if (::stat(place.c_str(), &file) == 0 && S_ISREG(file.st_mode) &&
+        ::access(place.c_str(), X_OK) == 0) {
+      return place;
     }
-    // Who is idle is let go when we are to end, but not with a request that is
-    // here already.
-    const bool leaving = from_client_.empty() && listener_.draining();
-    if (!client_.readable && !leaving) { return Step::wait; }
-    const auto n = receive(client_, from_client_);
-    if (n < 0 && would_block(errno)) {
-      return leaving ? Step::end : Step::wait;
+  }
+  return {};
+}
+
+// Finds the program as Options::binary says; "" if there is none that we may
+// execute. The path is absolute: the target may run elsewhere. Its parents are
+// resolved by the kernel, for which `link/../x` is not `x`. Its last component
+// never is: busybox and virtual environments are links that go by their names.
+inline std::string find_binary(const std::string &name) {
+  const std::filesystem::path place = find_place(name);
+  std::error_code error;
+  const auto parent = std::filesystem::canonical(
+      place.has_parent_path() ? place.parent_path() : ".", error);
+  return place.empty() || error ? "" : (parent / place.filename()).string();
+}
+
+// ---- Process: why a program cannot be executed
+
+inline std::string read_start(const std::string &path, std::size_t size) {
+  std::string bytes(size, '\0');
+  const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  const auto n = file ? ::read(file.get(), bytes.data(), size) : 0;
+  bytes.resize(n > 0 ? static_cast<std::size_t>(n) : 0);
+  return bytes;
+}
+
+template <typename N> N number_at(std::string_view bytes, std::uint64_t at) {
+  N number{};
+  if (bytes.size() >= sizeof(N) && at <= bytes.size() - sizeof(N)) {
+    std::memcpy(&number, bytes.data() + at, sizeof(N));
+  }
+  return number;
+}
+
+inline bool is_elf(std::string_view file) {
+  return starts_with(file, "\177ELF") && file.size() >= 64;
+}
+
+// The class, the byte order and the machine that an ELF file is for.
+inline std::string elf_machine(std::string_view file) {
+  return concat(file.substr(4, 2), file.substr(18, 2));
+}
+
+inline std::string machine_name(std::string_view file) {
+  switch (number_at<std::uint16_t>(file, 18)) { // e_machine
+  case 3: return "i386";
+  case 40: return "arm";
+  case 62: return "x86-64";
+  case 183: return "aarch64";
+  case 243: return "riscv";
+  default: return "another machine";
+  }
+}
+
+// The dynamic linker that an ELF file asks for; "" if none was found.
+inline std::string elf_interpreter(std::string_view file) {
+  const bool wide = file[4] == 2; // ELFCLASS64
+  const auto address = [&](std::uint64_t at) {
+    return wide ? number_at<std::uint64_t>(file, at)
+                : number_at<std::uint32_t>(file, at);
+  };
+  const auto size = number_at<std::uint16_t>(file, wide ? 54 : 42);
+  const auto count = number_at<std::uint16_t>(file, wide ? 56 : 44);
+  auto header = address(wide ? 32 : 28); // e_phoff
+  for (int i = 0; i < count; ++i, header += size) {
+    if (number_at<std::uint32_t>(file, header) != 3) { continue; } // PT_INTERP
+    const auto offset = address(header + (wide ? 8 : 4));
+    if (offset < file.size()) {
+      return std::string(until(file.substr(offset), '\0'));
     }
-    if (n <= 0) { return Step::end; }
   }
-  // Kept, because the block is filled anew while the answer is awaited.
-  request_text_.assign(from_client_.view().substr(0, end));
-  from_client_.consume(end);
-  const auto refusal = parse_request(request_text_, request_);
-  if (refusal.status) { return refuse(refusal.status, refusal.reason); }
-  invocation_owed_ = listener_.vercel != nullptr;
-  if (crowded_) {
-    request_.keep_alive = false;
-    return say(503, "too many connections", "Retry-After: 1\r\n");
-  }
-  return begin();
+  return {};
 }
 
-// A request was read: it is answered here, or handed to the target.
-inline Connection::Step Connection::begin() {
-  answering_ = interim_ = keep_ = cut_ = client_ended_ = false;
-  gone_at_ = Clock::time_point::max();
-  const auto path = request_.target.substr(0, request_.target.find('?'));
-  if (listener_.vercel && path == "/_vercel/ping") {
-    invocation_owed_ = false;
-    return say(200, {}, {}, "OK", "text/plain; charset=utf-8");
+// `error` is what execve(2) said; 0: it was not asked. What an emulator might
+// run (binfmt_misc) is only judged when execve(2) has refused it.
+inline std::string explain_elf(std::string_view file, int error) {
+  const auto self = read_start("/proc/self/exe", 64);
+  const bool native = is_elf(self) && elf_machine(self) == elf_machine(file);
+  if (error == ENOEXEC && !native) {
+    return concat("it is built for ", machine_name(file),
+                  is_elf(self) ? concat(", not for ", machine_name(self)) : "");
   }
-  if (!options_.status_path.empty() && path == options_.status_path) {
-    return say_status();
+  const auto interpreter =
+      native || error == ENOENT ? elf_interpreter(file) : "";
+  if (interpreter.empty() || ::access(interpreter.c_str(), F_OK) == 0) {
+    return {};
   }
-  if (!options_.cors_origins.empty() && request_.method == "OPTIONS" &&
-      request_.find("Origin") &&
-      request_.find("Access-Control-Request-Method")) {
-    return say(204, {}); // with the allow headers
-  }
-  // What is already here of a body can be known to be malformed before anybody
-  // is troubled with it.
-  auto body = request_.framing;
-  body.take(from_client_.view());
-  if (body.malformed()) { return say(400, "malformed chunk"); }
-  // RFC 9110, section 9.2.2: what may be sent again is what changes nothing.
-  repeatable_ = request_.framing.mode() == Framing::Mode::none &&
-                (request_.method == "GET" || request_.method == "HEAD" ||
-                 request_.method == "OPTIONS");
-  const bool page = options_.waiting_page_after.count() > 0 && wants_page();
-  page_after_ = page ? loop_.now() + options_.waiting_page_after
-                     : Clock::time_point::max();
-  attempt_ = 0;
-  return ask_for_target();
+  return concat("its dynamic linker ", printable(interpreter),
+                " does not exist (it was built for another C library; a "
+                "statically linked program runs anywhere)");
 }
 
-inline Connection::Step Connection::ask_for_target() {
-  ++attempt_;
-  let_go();
-  lease_.emplace();
-  stage_ = Stage::waiting;
-  return Step::again;
-}
+inline std::string explain_file(const std::string &path, int error, int depth);
 
-inline Connection::Step Connection::await_target() {
-  if (loop_.now() >= gone_at_ || (can_hear() ? !hear() : client_.broken)) {
-    cut_ = true;
-    return finish();
+inline std::string explain_script(std::string_view file, int error, int depth) {
+  const auto line = trim(until(file.substr(2), '\n'));
+  const std::string interpreter(line.substr(0, line.find_first_of(" \t")));
+  if (ends_with(interpreter, "\r") ||
+      (ends_with(interpreter, "/env") && ends_with(line, "\r"))) {
+    return "its first line ends with a carriage return (save it with Unix line "
+           "ends)";
   }
-  const auto result = listener_.supervisor.acquire(*lease_, page_after_);
-  deadline_ = std::min(page_after_, gone_at_);
-  if (result.pending) { return Step::wait; }
-  if (result.status) { return say_failure(result); }
-  if (request_.find("Warmproxy-Wait")) { // the script of the waiting page
-    return say(204, {}, lease_->timing());
+  if (!starts_with(interpreter, "/")) { return {}; }
+  const auto reason = ::access(interpreter.c_str(), F_OK) != 0
+                          ? "does not exist"
+                          : explain_file(interpreter, error, depth + 1);
+  return reason.empty()
+             ? ""
+             : concat("its interpreter ", printable(interpreter),
+                      starts_with(reason, "does") ? " " : ": ", reason);
+}
+
+inline std::string explain_format(std::string_view file) {
+  if (file.empty()) { return "it is empty"; }
+  if (starts_with(file, "MZ")) { return "it is a Windows program"; }
+  for (const std::string_view magic :
+       {"\xcf\xfa\xed\xfe", "\xca\xfe\xba\xbe"}) {
+    if (starts_with(file, magic)) { return "it is a macOS program"; }
   }
-  return connect();
+  const bool is_binary = std::any_of(file.begin(), file.end(), [](char c) {
+    return is_control(c) && !std::isspace(c);
+  });
+  return is_binary ? "it is no program for this system"
+                   : "it is a script without a #! line";
 }
 
-inline bool Connection::can_hear() const {
-  return client_.readable && !client_ended_ && !from_client_.full();
-}
-
-// Takes what the client sends on: a body, the next request, or a farewell.
-// False if it has gone.
-inline bool Connection::hear() {
-  const auto n = receive(client_, from_client_);
-  if (n == 0) {
-    client_ended_ = true;
-    gone_at_ = loop_.now() + farewell_limit;
+// Why the file cannot be executed, as far as it can be seen; "" if not at all.
+inline std::string explain_file(const std::string &path, int error, int depth) {
+  struct stat file {
+  }, link{};
+  if (::stat(path.c_str(), &file) != 0) {
+    const int reason = errno;
+    return ::lstat(path.c_str(), &link) == 0 && reason == ENOENT
+               ? "a link to a file that does not exist"
+               : error_text(reason);
   }
-  return n >= 0 || would_block(errno);
-}
-
-// Gets a connection to the target, and the request ready for it.
-inline Connection::Step Connection::connect() {
-  up_.begin();
-  down_.begin();
-  down_.to = &client_;
-  // One kept for long may be closing just now, which is the target's right.
-  const auto oldest = attempt_ > 1  ? milliseconds(0)
-                      : repeatable_ ? milliseconds(kept_limit)
-                                    : fresh_limit;
-  upstream_ = loop_.take(lease_->generation, oldest, !repeatable_);
-  if (!upstream_ && lease_->proof && is_silent(lease_->proof.get())) {
-    upstream_ = loop_.open(std::move(lease_->proof), lease_->generation);
-  }
-  reused_ = upstream_ != nullptr;
-  dialling_ = false;
-  stalled_at_ = Clock::time_point::max();
-  if (!upstream_ && !dial(milliseconds(20))) { return no_connection(); }
-  upstream_->user = this;
-  up_.to = upstream_.get();
-  write_request_head(up_.head);
-  up_.framing = request_.framing;
-  up_.pass();
-  from_target_.clear();
-  if (up_.framing.malformed()) { return say(400, "malformed chunk"); }
-  stage_ = Stage::exchanging;
-  return Step::again;
-}
-
-// A loopback connect that takes longer than `patience` has met a full backlog,
-// and the kernel would try again after 1 s, 3 s, 7 s: dialling anew gets in as
-// soon as there is room, which 200 first requests at once need.
-inline bool Connection::dial(milliseconds patience) {
-  auto fd = connect_to_target(lease_->ipv6, lease_->port, milliseconds(0));
-  if (!fd) { return false; }
-  upstream_ = loop_.open(std::move(fd), lease_->generation);
-  if (!upstream_) { return false; }
-  upstream_->user = this;
-#ifndef __linux__ // where a loopback connect is done by now, if there is room
-  upstream_->writable = false;
+  if (S_ISDIR(file.st_mode)) { return "a directory, not a program"; }
+  if (!S_ISREG(file.st_mode)) { return "not a regular file"; }
+  if (::access(path.c_str(), X_OK) != 0) {
+#ifdef ST_NOEXEC
+    struct statvfs system {};
+    if (::statvfs(path.c_str(), &system) == 0 && (system.f_flag & ST_NOEXEC)) {
+      return "its file system is mounted with noexec";
+    }
 #endif
-  up_.to = upstream_.get();
-  dialling_ = true;
-  patience_ = patience;
-  stalled_at_ = loop_.now() + patience;
+    return "not executable (chmod +x makes it so)";
+  }
+  const auto bytes = read_start(path, 4096);
+  if (starts_with(bytes, "#!")) {
+    return depth < 4 ? explain_script(bytes, error, depth) : "";
+  }
+  if (is_elf(bytes)) { return explain_elf(bytes, error); }
+  return error == ENOEXEC ? explain_format(bytes) : "";
+}
+
+// Why Options::binary cannot be executed, in one line; "" if nothing is seen to
+// be wrong.
+inline std::string explain_unrunnable(const std::string &name) {
+  const auto place = find_place(name);
+  if (!place.empty()) {
+    const auto reason = explain_file(place, 0, 0);
+    return reason.empty() ? "" : concat(printable(place), ": ", reason);
+  }
+  for (const auto &path : program_places(name)) {
+    struct stat link {};
+    if (::lstat(path.c_str(), &link) == 0 || errno == EACCES) {
+      return concat(printable(path), ": ", explain_file(path, 0, 0));
+    }
+  }
+  return concat(printable(name), ": ",
+                !contains(name, "/") ? "not found on PATH"
+                : name[0] == '/'     ? "no such file"
+                                     : "no such file, neither from the current "
+                                       "directory nor beside this executable");
+}
+
+// ---- Process: the scratch copy
+
+// One copy of a directory for each release of it, in `scratch/<fingerprint>`.
+// It is made under another name and renamed when it is complete, so there are
+// no half copies, nothing is overwritten, and an older or newer release is just
+// another folder.
+class ScratchCopy {
+public:
+  // `source` is canonical. `check` is called all the time and may throw.
+  ScratchCopy(std::string source, const std::string &scratch, const Log &log,
+              const std::function<void()> &check);
+
+  // Returns the path of the copy. Throws the reason why there is none.
+  std::string make();
+
+private:
+  struct Entry {
+    std::string path; // relative to `source`
+    struct stat status {};
+    std::string link; // what a symbolic link holds
+  };
+  struct Unfinished {
+    std::string path;
+    Descriptor lock;
+  };
+
+  void list();
+  void add(int directory, const std::string &path, const char *name);
+  void skip(const std::string &path) const;
+  std::string fingerprint() const;
+  bool exists(const std::string &copy) const;
+  Unfinished make_unfinished() const;
+  void remove_unfinished() const;
+  void report_others(const std::string &copy) const;
+  template <typename F> void for_each_folder(F function) const;
+  void copy_all(const std::string &to) const;
+  void copy_file(const Entry &entry, const std::string &to) const;
+  void copy_bytes(int from, int to, const Entry &entry,
+                  const std::string &to_path) const;
+  std::string link_text(const Entry &entry) const;
+
+  const std::string source_;
+  const Log &log_;
+  const std::function<void()> &check_;
+  std::string scratch_; // canonical
+  struct stat scratch_status_ {};
+  std::vector<Entry> entries_; // a folder comes before what it holds
+};
+
+inline bool same_file(const struct stat &a, const struct stat &b) {
+  return a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+}
+
+// `path` and its parents, for ourselves alone.
+inline void make_private_folders(const std::filesystem::path &path) {
+  std::filesystem::path folder;
+  for (const auto &part : path) {
+    folder /= part;
+    if (::mkdir(folder.c_str(), 0700) == 0) { continue; }
+    const int error = errno;
+    std::error_code ignored;
+    if (!std::filesystem::is_directory(folder, ignored)) {
+      fail_start_at(folder, error);
+    }
+  }
+}
+
+inline ScratchCopy::ScratchCopy(std::string source, const std::string &scratch,
+                                const Log &log,
+                                const std::function<void()> &check)
+    : source_(std::move(source)), log_(log), check_(check) {
+  const auto path = std::filesystem::absolute(scratch);
+  make_private_folders(path);
+  scratch_ = std::filesystem::canonical(path);
+  struct stat from {};
+  if (::stat(scratch_.c_str(), &scratch_status_) != 0 ||
+      ::stat(source_.c_str(), &from) != 0) {
+    fail_start_at(scratch_, errno);
+  }
+  const auto owner = scratch_status_.st_uid;
+  const auto mode = scratch_status_.st_mode;
+  if (owner != ::geteuid() && owner != 0) {
+    fail_start(concat(scratch_, ": belongs to another user (uid ",
+                      decimal(owner), "), who could replace the program"));
+  }
+  if ((mode & S_IWOTH) && !(mode & S_ISVTX)) {
+    fail_start(concat(scratch_, ": any user may write to it, and could replace "
+                                "the program"));
+  }
+  if (same_file(scratch_status_, from)) {
+    fail_start(concat(scratch_, ": is the directory that is to be copied"));
+  }
+}
+
+inline std::string ScratchCopy::make() {
+  list();
+  const auto copy = concat(scratch_, "/", fingerprint());
+  if (exists(copy)) { return copy; }
+  remove_unfinished();
+  const auto began = SteadyClock::now();
+  const auto unfinished = make_unfinished();
+  std::error_code ignored;
+  try {
+    copy_all(unfinished.path);
+  } catch (...) {
+    std::filesystem::remove_all(unfinished.path, ignored);
+    throw;
+  }
+  if (::rename(unfinished.path.c_str(), copy.c_str()) != 0) {
+    const int error = errno;
+    std::filesystem::remove_all(unfinished.path, ignored);
+    if (exists(copy)) { return copy; } // another process was faster
+    fail_start_at(copy, error);
+  }
+  log_(concat("copied ", source_, " to ", copy, " in ",
+              in_seconds(SteadyClock::now() - began), " s"));
+  report_others(copy);
+  return copy;
+}
+
+// Reads the names and what lstat(2) says. One descriptor at a time.
+inline void ScratchCopy::list() {
+  std::vector<std::string> pending{""};
+  while (!pending.empty()) {
+    const auto folder = std::move(pending.back());
+    pending.pop_back();
+    const auto path = concat(source_, "/", folder);
+    const std::unique_ptr<DIR, int (*)(DIR *)> directory(
+        ::opendir(path.c_str()), ::closedir);
+    if (!directory) {
+      if (folder.empty()) { fail_start_at(source_, errno); }
+      skip(path);
+      continue;
+    }
+    const auto first = entries_.size();
+    while (const auto entry = ::readdir(directory.get())) {
+      check_();
+      add(::dirfd(directory.get()), folder, entry->d_name);
+    }
+    for (auto i = first; i < entries_.size(); ++i) {
+      if (S_ISDIR(entries_[i].status.st_mode)) {
+        pending.push_back(concat(entries_[i].path, "/"));
+      }
+    }
+  }
+}
+
+inline void ScratchCopy::add(int directory, const std::string &folder,
+                             const char *name) {
+  if (!std::strcmp(name, ".") || !std::strcmp(name, "..")) { return; }
+  Entry entry;
+  entry.path = concat(folder, name);
+  if (::fstatat(directory, name, &entry.status, AT_SYMLINK_NOFOLLOW) != 0) {
+    return skip(entry.path);
+  }
+  const auto mode = entry.status.st_mode;
+  if (S_ISLNK(mode)) {
+    char text[PATH_MAX];
+    const auto n = ::readlinkat(directory, name, text, sizeof(text));
+    if (n < 0) { return skip(entry.path); }
+    entry.link.assign(text, static_cast<std::size_t>(n));
+  } else if (S_ISDIR(mode)) {
+    if (same_file(entry.status, scratch_status_)) { return; }
+  } else if (!S_ISREG(mode)) {
+    return; // sockets and the like belong to a process, not to a release
+  }
+  entries_.push_back(std::move(entry));
+}
+
+// Leaves out what cannot be read (errno says why). Any other error ends the
+// copy.
+inline void ScratchCopy::skip(const std::string &path) const {
+  if (errno == ENOENT) { return; } // it was just removed
+  if (errno != EACCES && errno != EPERM) { fail_start_at(path, errno); }
+  log_(concat("left out of the scratch copy: ", printable(path), ": ",
+              error_text(errno)));
+}
+
+// Of what is in `source`, in any order. The change time counts and the
+// modification time does not, since deployment tools set the latter to a
+// constant. A folder's times and size only tell about names, which are there.
+inline std::string ScratchCopy::fingerprint() const {
+  std::uint64_t sum = 0;
+  for (const auto &entry : entries_) {
+    const auto &status = entry.status;
+    auto text = concat(entry.path, std::string_view("\0", 1), entry.link,
+                       std::string_view("\0", 1), decimal(status.st_mode));
+    if (!S_ISDIR(status.st_mode)) {
+      append(text, " ", decimal(status.st_size), " ",
+             decimal(status.st_ctim.tv_sec), " ",
+             decimal(status.st_ctim.tv_nsec));
+    }
+    std::uint64_t hash = 14695981039346656037U; // FNV-1a
+    for (const char c : text) {
+      hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211U;
+    }
+    sum += hash ^ (hash >> 32);
+  }
+  char text[17];
+  std::snprintf(text, sizeof(text), "%016llx",
+                static_cast<unsigned long long>(sum));
+  return text;
+}
+
+inline bool ScratchCopy::exists(const std::string &copy) const {
+  struct stat status {};
+  if (::lstat(copy.c_str(), &status) != 0) { return false; }
+  if (!S_ISDIR(status.st_mode) || status.st_uid != ::geteuid()) {
+    fail_start(concat(copy, ": not a folder of ours (uid ",
+                      decimal(status.st_uid),
+                      "), though it has the name of a "
+                      "scratch copy; remove it"));
+  }
   return true;
 }
 
-// errno says why.
-inline Connection::Step Connection::no_connection() {
-  if (errno == ECONNREFUSED || errno == ETIMEDOUT) { return no_answer(); }
-  // It is us who lack something: descriptors, ports, memory.
-  listener_.tell_all(true);
-  return say(503, concat("no connection to the target: ", std::strerror(errno)),
-             "Retry-After: 1\r\n");
-}
-
-// The target did not say a word.
-inline Connection::Step Connection::no_answer() {
-  if ((up_.moved && !repeatable_) || attempt_ == max_attempts) {
-    return say(502, "the target closed the connection without an answer");
-  }
-  // A kept connection that has gone stale tells nothing about the target.
-  if (!reused_) { listener_.supervisor.suspect(*lease_); }
-  return ask_for_target();
-}
-
-// Lets go of the target.
-inline void Connection::let_go() {
-  if (upstream_) { loop_.drop(std::move(upstream_)); }
-  lease_.reset();
-}
-
-// The request was answered, or never will be.
-inline Connection::Step Connection::finish() {
-  let_go();
-  end_invocation();
-  if (cut_) { return Step::end; }
-  if (keep_) {
-    await_request();
-    return from_client_.empty() ? Step::again : Step::soon;
-  }
-  // Closing a socket with unread bytes resets it, and a reset overtakes the
-  // answer: so the client is let finish (RFC 9112, section 9.6).
-  ::shutdown(client_.fd.get(), SHUT_WR);
-  stage_ = Stage::lingering;
-  linger_until_ = loop_.now() + std::chrono::seconds(30);
-  deadline_ = loop_.now() + std::chrono::seconds(2);
-  return Step::again;
-}
-
-inline Connection::Step Connection::linger() {
-  for (int i = 0; i < portions_a_turn; ++i) {
-    const bool over = loop_.now() >= deadline_ && !client_.readable;
-    if (over || loop_.now() >= linger_until_) { return Step::end; }
-    if (!client_.readable) { return Step::wait; }
-    from_client_.clear();
-    const auto n = receive(client_, from_client_);
-    if (n == 0 || (n < 0 && !would_block(errno))) { return Step::end; }
-    if (n > 0) { deadline_ = loop_.now() + std::chrono::seconds(2); }
-  }
-  return Step::soon;
-}
-
-// Tells the platform that the request has come to its end, once.
-inline void Connection::end_invocation() {
-  if (!std::exchange(invocation_owed_, false)) { return; }
-  const auto id = request_.value("x-vercel-internal-invocation-id");
-  if (!id.empty()) {
-    listener_.vercel->end(id, request_.value("x-vercel-internal-request-id"));
+// A folder for a copy under way. Its lock tells others that we live; they take
+// an unlocked one for a dead process's, as they may this one for a moment.
+inline ScratchCopy::Unfinished ScratchCopy::make_unfinished() const {
+  for (;;) {
+    Unfinished made{concat(scratch_, "/.unfinished-XXXXXX"), {}};
+    if (!::mkdtemp(made.path.data())) { fail_start_at(made.path, errno); }
+    made.lock.reset(
+        ::open(made.path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    if (!made.lock && errno != ENOENT) {
+      const int error = errno;
+      ::rmdir(made.path.c_str());
+      fail_start_at(made.path, error);
+    }
+    struct stat held {
+    }, named{};
+    const bool locked = ::flock(made.lock.get(), LOCK_EX | LOCK_NB) == 0 ||
+                        (errno != EWOULDBLOCK && errno != EBADF);
+    if (locked && ::fstat(made.lock.get(), &held) == 0 &&
+        ::lstat(made.path.c_str(), &named) == 0 && same_file(held, named)) {
+      return made;
+    }
   }
 }
 
-/*
- * Connection: the exchange
- */
-
-inline void Connection::Flow::begin() {
-  head.clear();
-  sent = passed = 0;
-  framing = {};
-  moved = stopped = shut = unframe = false;
+// Calls `function` with the name and path of each folder of ours in `scratch`.
+template <typename F> void ScratchCopy::for_each_folder(F function) const {
+  std::error_code error;
+  for (const auto &entry :
+       std::filesystem::directory_iterator(scratch_, error)) {
+    struct stat status {};
+    if (::lstat(entry.path().c_str(), &status) == 0 &&
+        S_ISDIR(status.st_mode) && status.st_uid == ::geteuid()) {
+      function(entry.path().filename().string(), entry.path().string());
+    }
+  }
 }
 
-// Lets pass what the block holds of this message.
-inline void Connection::Flow::pass() {
-  if (unframe) {
-    block.consume(framing.take(block.view(), &head));
+inline void ScratchCopy::remove_unfinished() const {
+  for_each_folder([&](const std::string &name, const std::string &path) {
+    if (!starts_with(name, ".unfinished-")) { return; }
+    const Descriptor folder(
+        ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    if (!folder || ::flock(folder.get(), LOCK_EX | LOCK_NB) != 0) { return; }
+    std::error_code ignored;
+    std::filesystem::remove_all(path, ignored);
+    log_(concat("removed the unfinished scratch copy ", path));
+  });
+}
+
+// What the program wrote into an earlier copy is only in there.
+inline void ScratchCopy::report_others(const std::string &copy) const {
+  for_each_folder([&](const std::string &name, const std::string &path) {
+    const bool is_copy =
+        name.size() == 16 &&
+        name.find_first_not_of("0123456789abcdef") == std::string::npos;
+    if (is_copy && path != copy) {
+      log_(concat("an earlier scratch copy is left where it is: ", path));
+    }
+  });
+}
+
+inline void ScratchCopy::copy_all(const std::string &to) const {
+  for (const auto &entry : entries_) {
+    check_();
+    const auto path = concat(to, "/", entry.path);
+    const timespec times[] = {entry.status.st_atim, entry.status.st_mtim};
+    if (S_ISREG(entry.status.st_mode)) {
+      copy_file(entry, path);
+    } else if (S_ISDIR(entry.status.st_mode)) {
+      if (::mkdir(path.c_str(), 0700) != 0) { fail_start_at(path, errno); }
+    } else if (::symlink(link_text(entry).c_str(), path.c_str()) != 0) {
+      fail_start_at(path, errno);
+    } else {
+      ::utimensat(AT_FDCWD, path.c_str(), times, AT_SYMLINK_NOFOLLOW);
+    }
+  }
+  // At last, since to fill a folder changes its time.
+  for (auto entry = entries_.rbegin(); entry != entries_.rend(); ++entry) {
+    if (!S_ISDIR(entry->status.st_mode)) { continue; }
+    const auto path = concat(to, "/", entry->path);
+    const timespec times[] = {entry->status.st_atim, entry->status.st_mtim};
+    ::chmod(path.c_str(), (entry->status.st_mode & 07777) | S_IRWXU);
+    ::utimensat(AT_FDCWD, path.c_str(), times, 0);
+  }
+}
+
+// The copy's owner may always write, or a release that is read-only (Nix) would
+// make a copy that is.
+inline void ScratchCopy::copy_file(const Entry &entry,
+                                   const std::string &to) const {
+  const auto from = concat(source_, "/", entry.path);
+  const Descriptor reading(
+      ::open(from.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
+  if (!reading) { return skip(from); }
+  Descriptor writing(
+      ::open(to.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
+  if (!writing) { fail_start_at(to, errno); }
+  copy_bytes(reading.get(), writing.get(), entry, to);
+  const timespec times[] = {entry.status.st_atim, entry.status.st_mtim};
+  ::fchmod(writing.get(), (entry.status.st_mode & 07777) | S_IWUSR);
+  ::futimens(writing.get(), times);
+  if (::close(writing.release()) != 0) { fail_start_at(to, errno); }
+}
+
+inline void ScratchCopy::copy_bytes(int from, int to, const Entry &entry,
+                                    const std::string &to_path) const {
+#if defined(__linux__) && defined(SYS_copy_file_range)
+  while (entry.status.st_size > 0 &&
+         ::syscall(SYS_copy_file_range, from, nullptr, to, nullptr,
+                   std::size_t{8} << 20, 0) > 0) {
+    check_();
+  }
+#endif
+  // What is left, where the kernel cannot do it.
+  std::array<char, 65536> bytes;
+  for (;;) {
+    check_();
+    const auto n = ::read(from, bytes.data(), bytes.size());
+    if (n == 0) { return; }
+    if (n < 0 && errno != EINTR) { fail_start_at(entry.path, errno); }
+    for (ssize_t written = 0; written < n;) {
+      const auto m = ::write(to, bytes.data() + written,
+                             static_cast<std::size_t>(n - written));
+      if (m < 0 && errno != EINTR) { fail_start_at(to_path, errno); }
+      written += std::max<ssize_t>(m, 0);
+    }
+  }
+}
+
+// What a symbolic link holds in the copy. A relative one that leads out of the
+// directory must still find its file. The text alone does not tell: the kernel
+// resolves links on the way.
+inline std::string ScratchCopy::link_text(const Entry &entry) const {
+  namespace fs = std::filesystem;
+  const fs::path link = entry.link;
+  const auto folder = fs::path(entry.path).parent_path();
+  const auto as_text = (folder / link).lexically_normal();
+  if (link.is_absolute() || as_text.empty() || *as_text.begin() != "..") {
+    return entry.link;
+  }
+  std::error_code error;
+  const auto absolute = source_ / folder / link;
+  const auto real = fs::weakly_canonical(absolute.parent_path(), error);
+  return is_below(real.string(), source_) ? entry.link : absolute.string();
+}
+
+// ---- Process: what is run
+
+struct Program {
+  std::string path;      // absolute
+  std::string argv0;     // as seen from `directory`
+  std::string directory; // absolute
+
+  // What to execute from `directory`: the kernel tells a script its path in
+  // place of argv[0].
+  const std::string &file() const {
+    return contains(argv0, "/") ? argv0 : path;
+  }
+};
+
+// `path` without `directory` and "/"; "" if it is not in there.
+inline std::string path_within(const std::string &directory,
+                               const std::string &path) {
+  const auto prefix = ends_with(directory, "/") ? directory : directory + "/";
+  return starts_with(path, prefix) ? path.substr(prefix.size()) : "";
+}
+
+// argv[0] has to name the file that runs as seen from the working directory:
+// virtual environments and programs that keep data beside themselves find their
+// place by it. As it was given, where that does; else inside the directory with
+// a dot (below /tmp, PocketBase takes an absolute path for `go run`).
+inline std::string argv0_for(const Config &config, const Program &program) {
+  const auto &given = config.binary;
+  if (!contains(given, "/")) { // the target looks on PATH as we did
+    if (starts_with(find_place(given), "/") && !config.env.count("PATH") &&
+        find_binary(given) == program.path) {
+      return given;
+    }
   } else {
-    passed += framing.take(block.view().substr(passed));
+    const auto seen = std::filesystem::path(program.directory) / given;
+    struct stat there {
+    }, file{};
+    if (::lstat(seen.c_str(), &there) == 0 &&
+        ::lstat(program.path.c_str(), &file) == 0 && same_file(there, file)) {
+      return given;
+    }
+  }
+  const auto within = path_within(program.directory, program.path);
+  return within.empty() ? program.path : concat("./", within);
+}
+
+// Finds the program, and makes its scratch copy where one is asked for.
+inline Program prepare_program(const Config &config, const Log &log,
+                               const std::function<void()> &check) {
+  Program program;
+  program.path = find_binary(config.binary);
+  if (program.path.empty()) { fail_start(explain_unrunnable(config.binary)); }
+  const auto &given = config.directory.empty() ? "." : config.directory;
+  std::error_code error;
+  program.directory = std::filesystem::canonical(given, error);
+  if (error) { fail_start(concat("directory ", given, ": ", error.message())); }
+  if (!config.scratch.empty()) {
+    const auto within = path_within(program.directory, program.path);
+    const auto copy =
+        ScratchCopy(program.directory, config.scratch, log, check).make();
+    if (!within.empty()) { program.path = concat(copy, "/", within); }
+    program.directory = copy;
+  }
+  program.argv0 = argv0_for(config, program);
+  return program;
+}
+
+// An inherited PWD stays where it is right, since it may lead there by links.
+inline std::string pwd_for(const std::string &directory) {
+  const char *inherited = std::getenv("PWD");
+  struct stat there {
+  }, here{};
+  const bool is_right =
+      inherited && inherited[0] == '/' && ::stat(inherited, &there) == 0 &&
+      ::stat(directory.c_str(), &here) == 0 && same_file(there, here);
+  return is_right ? inherited : directory;
+}
+
+// HOST and HOSTNAME, which Docker sets, would make servers listen beside
+// loopback; the others are meant for us.
+inline bool is_inherited(std::string_view name) {
+  return name != "HOST" && name != "HOSTNAME" && name != "VERCEL_IPC_PATH" &&
+         !starts_with(name, "WARMPROXY_");
+}
+
+inline std::vector<std::string> environment_for(const Config &config,
+                                                const std::string &directory,
+                                                const std::string &port) {
+  std::map<std::string, std::string> variables;
+  for (auto variable = environ; *variable; ++variable) {
+    const std::string_view text = *variable;
+    const auto name = until(text, '=');
+    if (name.size() < text.size() && is_inherited(name)) {
+      variables[std::string(name)] = text.substr(name.size() + 1);
+    }
+  }
+  variables["PORT"] = port;
+  variables["PWD"] = pwd_for(directory);
+  for (auto [name, value] : config.env) {
+    replace_all(value, "{port}", port);
+    variables[name] = value;
+  }
+  std::vector<std::string> environment;
+  for (const auto &[name, value] : variables) {
+    environment.push_back(concat(name, "=", value));
+  }
+  return environment;
+}
+
+inline std::vector<char *> pointers_to(std::vector<std::string> &texts) {
+  std::vector<char *> pointers;
+  for (auto &text : texts) {
+    pointers.push_back(text.data());
+  }
+  pointers.push_back(nullptr);
+  return pointers;
+}
+
+// ---- Process: the watchdog
+
+// Kills the target's process group if we are killed: PR_SET_PDEATHSIG reaches
+// the target alone, not what it has forked.
+class Watchdog {
+public:
+  Watchdog();
+  ~Watchdog();
+  Watchdog(const Watchdog &) = delete;
+  Watchdog &operator=(const Watchdog &) = delete;
+
+  pid_t pid() const { return pid_; }
+  // Takes the pid_t of the group to kill; 0: none, -1: we are done.
+  int pipe() const { return writing_.get(); }
+  void watch(pid_t group) const {
+    if (::write(pipe(), &group, sizeof(group)) < 0) {}
+  }
+
+private:
+  [[noreturn]] static void run(int pipe, int parent);
+
+  Descriptor writing_;
+  pid_t pid_ = -1;
+};
+
+// A descriptor that polls readable when the process has exited; -1: none.
+inline int open_pidfd(pid_t pid) {
+#if defined(__linux__) && defined(SYS_pidfd_open)
+  return static_cast<int>(::syscall(SYS_pidfd_open, pid, 0));
+#else
+  return static_cast<void>(pid), -1;
+#endif
+}
+
+inline Watchdog::Watchdog() {
+  Descriptor reading;
+  if (!make_pipe(reading, writing_)) {
+    throw std::system_error(errno, std::generic_category(), "pipe");
+  }
+  const Descriptor self(open_pidfd(::getpid()));
+  sigset_t all, before;
+  ::sigfillset(&all);
+  ::pthread_sigmask(SIG_SETMASK, &all, &before);
+  pid_ = ::fork();
+  if (pid_ == 0) { run(reading.get(), self.get()); }
+  const int error = errno;
+  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  if (pid_ < 0) {
+    throw std::system_error(error, std::generic_category(), "fork");
   }
 }
 
-// Sends what was let pass. False if the other side takes no more.
-inline bool Connection::Flow::push() {
-  const auto body = block.view();
-  iovec parts[] = {{head.data() + sent, head.size() - sent},
-                   {const_cast<char *>(body.data()), passed}};
-  msghdr message{};
-  message.msg_iov = parts;
-  message.msg_iovlen = 2;
-  const auto n = ::sendmsg(to->fd.get(), &message, MSG_DONTWAIT);
-  if (n < 0) {
-    to->writable = errno == EINTR;
-    return would_block(errno);
+// The end of the pipe means that we are gone, but so does the pidfd, as a child
+// that the embedding program forked may hold the pipe open.
+inline void Watchdog::run(int pipe, int parent) {
+  ::setsid(); // whoever kills our process group must not kill this first
+  ::dup2(pipe, 0);
+  if (parent >= 0) { parent = ::dup2(parent, 1); }
+  close_from(parent >= 0 ? 2 : 1);
+  pid_t group = 0;
+  for (;;) {
+    pollfd fds[] = {{0, POLLIN, 0}, {parent, POLLIN, 0}};
+    if (::poll(fds, 2, -1) < 0) { continue; }
+    pid_t next = 0;
+    if (!fds[0].revents || ::read(0, &next, sizeof(next)) != sizeof(next)) {
+      break;
+    }
+    if (next < 0) { ::_exit(0); }
+    group = next;
   }
-  moved = true;
-  auto out = static_cast<std::size_t>(n);
-  const auto of_head = std::min(out, head.size() - sent);
-  sent += of_head;
-  out -= of_head;
-  if (sent == head.size()) {
-    head.clear();
-    sent = 0;
+  if (group > 0) { ::kill(-group, SIGKILL); }
+  ::_exit(0);
+}
+
+inline Watchdog::~Watchdog() {
+  watch(-1);
+  while (::waitpid(pid_, nullptr, 0) < 0 && errno == EINTR) {}
+}
+
+// ---- Process: its process group, by /proc
+
+// Calls `function` with the pid of each process of a group that is no zombie.
+// Returns false where /proc does not tell.
+template <typename F> bool for_each_member(pid_t group, F function) {
+#ifdef __linux__
+  const std::unique_ptr<DIR, int (*)(DIR *)> proc(::opendir("/proc"),
+                                                  ::closedir);
+  if (!proc) { return false; }
+  while (const auto entry = ::readdir(proc.get())) {
+    pid_t pid = 0, of = 0;
+    char state = 0;
+    if (!to_number(entry->d_name, pid)) { continue; }
+    const auto text = read_start(concat("/proc/", entry->d_name, "/stat"), 512);
+    const auto name_end = text.rfind(')'); // the name may have one, too
+    if (name_end != std::string::npos &&
+        std::sscanf(text.c_str() + name_end + 1, " %c %*d %d", &state, &of) ==
+            2 &&
+        of == group && state != 'Z' && state != 'X') {
+      function(pid);
+    }
   }
-  block.consume(out);
-  passed -= out;
-  to->writable = !pending(); // or it would have taken all
+  return true;
+#else
+  return static_cast<void>(group), static_cast<void>(function), false;
+#endif
+}
+
+struct ListeningSocket {
+  std::string address; // "0.0.0.0", "::1"
+  int port = 0;
+  bool reachable = false; // bound to the loopback address or to any address
+  bool ipv6 = false;
+  std::string program; // the name of a process that has it
+};
+
+// The sockets that a process has open, by inode.
+using SocketOwners = std::map<unsigned long, std::string>;
+
+inline void find_sockets(pid_t pid, SocketOwners &owners) {
+  const auto process = concat("/proc/", decimal(pid));
+  const auto name =
+      printable(std::string(until(read_start(process + "/comm", 64), '\n')));
+  std::error_code error;
+  for (auto entry = std::filesystem::directory_iterator(process + "/fd", error);
+       !error && entry != std::filesystem::directory_iterator();
+       entry.increment(error)) {
+    char link[64] = "";
+    unsigned long inode = 0;
+    if (::readlink(entry->path().c_str(), link, sizeof(link) - 1) > 0 &&
+        std::sscanf(link, "socket:[%lu]", &inode) == 1) {
+      owners.emplace(inode, name);
+    }
+  }
+}
+
+// An address of /proc/net/tcp: hexadecimal words in the machine's byte order.
+inline SocketAddress address_from_hex(std::string_view hex) {
+  SocketAddress address;
+  auto &in = reinterpret_cast<sockaddr_in &>(address.storage);
+  auto &in6 = reinterpret_cast<sockaddr_in6 &>(address.storage);
+  const bool ipv6 = hex.size() > 8;
+  address.storage.ss_family = ipv6 ? AF_INET6 : AF_INET;
+  auto at = ipv6 ? static_cast<void *>(&in6.sin6_addr) : &in.sin_addr;
+  for (; hex.size() >= 8; hex.remove_prefix(8)) {
+    const auto word = static_cast<std::uint32_t>(
+        std::strtoul(std::string(hex.substr(0, 8)).c_str(), nullptr, 16));
+    std::memcpy(at, &word, sizeof(word));
+    at = static_cast<char *>(at) + sizeof(word);
+  }
+  return address;
+}
+
+// Appends those of the sockets that listen.
+inline void read_listeners(const char *table, const SocketOwners &owners,
+                           std::vector<ListeningSocket> &found) {
+  const std::unique_ptr<std::FILE, int (*)(std::FILE *)> file(
+      std::fopen(table, "re"), std::fclose);
+  char line[512];
+  while (file && std::fgets(line, sizeof(line), file.get())) {
+    char local[33] = "";
+    unsigned port = 0, state = 0;
+    unsigned long inode = 0;
+    if (std::sscanf(line,
+                    " %*d: %32[0-9A-F]:%x %*[0-9A-F]:%*x %x %*x:%*x %*x:%*x "
+                    "%*x %*u %*u %lu",
+                    local, &port, &state, &inode) != 4 ||
+        state != 0x0a || !owners.count(inode)) { // TCP_LISTEN
+      continue;
+    }
+    ListeningSocket socket;
+    socket.address = address_from_hex(local).text();
+    socket.port = static_cast<int>(port);
+    socket.ipv6 = contains(socket.address, ":");
+    for (const auto address : {"0.0.0.0", "127.0.0.1", "::", "::1"}) {
+      socket.reachable |= socket.address == address;
+    }
+    socket.program = owners.at(inode);
+    found.push_back(std::move(socket));
+  }
+}
+
+// ---- Process: one run of the program
+
+// One run of the program at a time. For one thread alone, except pid(),
+// started() and owns().
+class Process {
+public:
+  // Starts the watchdog process. Throws std::system_error.
+  Process(const Config &config, const Log &log);
+  Process(const Process &) = delete;
+  Process &operator=(const Process &) = delete;
+
+  // Starts the program. Returns the reason why it cannot be started; "" if it
+  // was. `cancelled` is polled during long work: the scratch copy, and while
+  // the program's file is still being written.
+  std::string start(int port, const std::function<bool()> &cancelled,
+                    Time deadline);
+  // From start() until stop() has returned, though it may have exited().
+  bool started() const { return pid_ != 0; }
+  // Of the target and its process group; 0: none.
+  pid_t pid() const { return pid_; }
+  // Whether it is the target's or the watchdog's, which are reaped here.
+  bool owns(pid_t pid) const { return pid == pid_ || pid == watchdog_.pid(); }
+  // Whether the target, if started, has exited. Reaps it.
+  bool exited();
+  // "exited with status 1", "was killed by signal 9". Stays until start().
+  const std::string &exit_text() const { return exit_text_; }
+  // What exit_text() means for a target that was not up yet, as " (...)" or "".
+  std::string exit_hint() const;
+  // Polls readable when the target exits. -1: ask exited() every 10 ms.
+  int exit_fd() const { return pidfd_.get(); }
+  // Ends the target and its process group, or what a target that has exited
+  // left of it. Blocks, until a second after `deadline` at the latest.
+  void stop(SteadyClock::time_point deadline);
+  // The listening TCP sockets of the process group. Several may have the same
+  // port. Empty where /proc does not tell.
+  std::vector<ListeningSocket> listeners() const;
+
+private:
+  struct Launch;
+  struct Failure {
+    int error = 0; // 0: none
+    bool at_directory = false;
+  };
+
+  void launch(const Program &program, int port,
+              const std::function<void()> &check);
+  Failure spawn(Launch launch);
+  [[noreturn]] static void become_target(const Launch &launch);
+  bool ended();
+  bool group_ended() const;
+  void end_politely(SteadyClock::time_point deadline);
+  void kill_group();
+  void terminate_rest();
+  template <typename F> void wait(SteadyClock::time_point until, F condition);
+
+  const Config &config_;
+  const Log &log_;
+  Descriptor null_;
+  rlimit files_{}; // as we were given it: serve() takes more for itself
+  Watchdog watchdog_;
+  std::atomic<pid_t> pid_{0};
+  Descriptor pidfd_;
+  std::string exit_text_; // empty: it has not exited
+};
+
+inline Process::Process(const Config &config, const Log &log)
+    : config_(config), log_(log),
+      null_(::open("/dev/null", O_RDONLY | O_CLOEXEC)) {
+  if (!null_) {
+    throw std::system_error(errno, std::generic_category(), "/dev/null");
+  }
+  ::getrlimit(RLIMIT_NOFILE, &files_);
+}
+
+inline std::string Process::start(int port,
+                                  const std::function<bool()> &cancelled,
+                                  Time deadline) {
+  const std::function<void()> check = [&] {
+    if (cancelled()) { fail_start("the start was cancelled"); }
+    if (RunningClock::now() >= deadline) {
+      fail_start("the time was over; see WARMPROXY_STARTUP_TIMEOUT");
+    }
+  };
+  exit_text_.clear();
+  try {
+    auto program = prepare_program(config_, log_, check);
+    launch(program, port, check);
+  } catch (const std::filesystem::filesystem_error &error) {
+    return concat(printable(error.path1()), ": ", error.code().message());
+  } catch (const std::exception &error) { return error.what(); }
+  return {};
+}
+
+// All that the child needs, made before it: between vfork(2) and execve(2) it
+// runs in our memory, where it may neither allocate nor lock.
+struct Process::Launch {
+  const char *file;
+  char *const *arguments;
+  char *const *environment;
+  const char *directory;
+  int null;
+  int watchdog;
+  int report; // takes a Failure; closed by execve(2)
+  pid_t parent;
+  std::atomic<pid_t> *pid;
+  rlimit files;
+};
+
+inline void Process::launch(const Program &program, int port,
+                            const std::function<void()> &check) {
+  const auto number = decimal(port);
+  std::vector<std::string> arguments(config_.args);
+  for (auto &argument : arguments) {
+    replace_all(argument, "{port}", number);
+  }
+  arguments.insert(arguments.begin(), program.argv0);
+  auto environment = environment_for(config_, program.directory, number);
+  const auto argv = pointers_to(arguments), envp = pointers_to(environment);
+  Launch launch{program.file().c_str(),
+                argv.data(),
+                envp.data(),
+                program.directory.c_str(),
+                null_.get(),
+                watchdog_.pipe(),
+                -1,
+                ::getpid(),
+                &pid_,
+                files_};
+  for (auto failure = spawn(launch); failure.error; failure = spawn(launch)) {
+    if (failure.at_directory) {
+      fail_start_at(concat("directory ", program.directory), failure.error);
+    }
+    if (failure.error != ETXTBSY) {
+      const auto reason = explain_file(program.path, failure.error, 0);
+      fail_start(concat(printable(program.path), ": ",
+                        reason.empty() ? error_text(failure.error) : reason));
+    }
+    check(); // its file is still being written
+    ::poll(nullptr, 0, 20);
+  }
+}
+
+inline Process::Failure Process::spawn(Launch launch) {
+  Descriptor reading, writing;
+  if (!make_pipe(reading, writing)) { return {errno}; }
+  launch.report = writing.get();
+  // No signal handler of ours may run in the child.
+  sigset_t all, before;
+  ::sigfillset(&all);
+  ::pthread_sigmask(SIG_SETMASK, &all, &before);
+  const pid_t pid = ::vfork();
+  if (pid == 0) { become_target(launch); }
+  Failure failure{pid < 0 ? errno : 0};
+  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  if (pid < 0) { return failure; }
+  pid_ = pid;
+  writing.reset();
+  // Ready already, unless another thread has just forked a child that holds the
+  // writing end.
+  pollfd fd{reading.get(), POLLIN, 0};
+  if (::poll(&fd, 1, 1000) > 0 &&
+      ::read(reading.get(), &failure, sizeof(failure)) > 0) {
+    while (::waitpid(pid, nullptr, 0) < 0 && errno == EINTR) {}
+    watchdog_.watch(0);
+    pid_ = 0;
+  } else {
+    pidfd_.reset(open_pidfd(pid));
+  }
+  return failure;
+}
+
+inline void Process::become_target(const Launch &launch) {
+  ::setpgid(0, 0);
+  const pid_t self = ::getpid();
+  *launch.pid = self; // before it can end: as PID 1 we reap what is not owned
+#ifdef __linux__
+  ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+  if (::getppid() != launch.parent) { ::_exit(127); } // we died just before
+#endif
+  if (::write(launch.watchdog, &self, sizeof(self)) < 0) {}
+  for (int number = 1; number < NSIG; ++number) { // httplib ignores SIGPIPE
+    ::signal(number, SIG_IGN);                    // what is pending is for us
+    ::signal(number, SIG_DFL);
+  }
+  sigset_t none;
+  ::sigemptyset(&none);
+  ::sigprocmask(SIG_SETMASK, &none, nullptr);
+  if (::dup2(launch.null, 0) == launch.null) { ::fcntl(0, F_SETFD, 0); }
+  close_from_on_exec(3);
+  ::setrlimit(RLIMIT_NOFILE, &launch.files);
+  Failure failure;
+  failure.at_directory = ::chdir(launch.directory) != 0;
+  if (!failure.at_directory) {
+    ::execve(launch.file, launch.arguments, launch.environment);
+  }
+  failure.error = errno;
+  if (::write(launch.report, &failure, sizeof(failure)) < 0) {}
+  ::_exit(127);
+}
+
+inline bool Process::exited() {
+  if (!started()) { return false; }
+  if (!exit_text_.empty()) { return true; }
+  int status = 0;
+  const auto ended = ::waitpid(pid_, &status, WNOHANG);
+  if (ended == 0 || (ended < 0 && errno == EINTR)) { return false; }
+  if (ended < 0) { // the program we are in ignores SIGCHLD, or has reaped it
+    exit_text_ = "ended";
+  } else if (WIFSIGNALED(status)) {
+    exit_text_ = concat("was killed by signal ", decimal(WTERMSIG(status)));
+  } else {
+    exit_text_ = concat("exited with status ", decimal(WEXITSTATUS(status)));
+  }
+  pidfd_.reset();
   return true;
 }
 
-inline Connection::Step Connection::exchange() {
-  if (loop_.now() >= stalled_at_) {
-    stalled_at_ = Clock::time_point::max();
-    if (!dialling_) {
-      listener_.tell_all(true);
-    } else if (!upstream_->writable) {
-      loop_.drop(std::move(upstream_));
-      errno = ETIMEDOUT;
-      if (patience_ > std::chrono::seconds(10) || !dial(patience_ * 2)) {
-        return no_connection();
-      }
-    }
+inline std::string Process::exit_hint() const {
+  if (ends_with(exit_text_, " status 0")) {
+    return " (it must stay in the foreground: a program that puts itself in "
+           "the "
+           "background cannot be watched)";
   }
-  const auto outcome = pump();
-  if (answering_) {
-    stalled_at_ = Clock::time_point::max();
-  } else if (dialling_ && up_.moved) {
-    dialling_ = false;
-    stalled_at_ = loop_.now() + stall_limit;
+  if (ends_with(exit_text_, " status 127")) {
+    return " (a command that it runs was not found)";
   }
-  deadline_ = std::min(stalled_at_, gone_at_);
-  switch (outcome) {
-  case Outcome::pending: return Step::wait;
-  case Outcome::unfinished: return Step::soon;
-  case Outcome::no_answer: return no_answer();
-  case Outcome::bad_request: return say(400, "malformed chunk");
-  case Outcome::bad_answer:
-    return say(502, "the target's answer is malformed or incomplete");
-  case Outcome::answered:
-    if (request_.minor == 1 && up_.finished() && !up_.stopped &&
-        answer_.keep_alive && from_target_.empty() && !answer_.upgrade &&
-        down_.framing.mode() != Framing::Mode::until_close &&
-        !upstream_->ended) {
-      loop_.keep(std::move(upstream_));
-    }
-    return finish();
-  case Outcome::cut: break;
-  }
-  cut_ = true;
-  return finish();
+  return {};
 }
 
-// Moves bytes in both directions at once, each until its framing is done.
-inline Connection::Outcome Connection::pump() {
-  auto &target = *upstream_;
-  for (int i = 0; i < portions_a_turn; ++i) {
-    if (up_.can_push() && !up_.push()) {
-      up_.stopped = true; // yet it may have answered before it went
-      if (!up_.moved) { return Outcome::no_answer; }
-    }
-    if (down_.can_push() && !down_.push()) { return Outcome::cut; }
-    const bool tunnel = down_.framing.mode() == Framing::Mode::tunnel;
-    if (tunnel) {
-      if (!down_.pending()) { end_invocation(); } // the 101 is out
-      // Both of its ends are closed, and not by us: it was reset.
-      if (up_.stopped || (client_.broken && !down_.shut)) {
-        return Outcome::cut;
-      }
-      if (client_ended_) { up_.framing.close(); }
-      gone_at_ = Clock::time_point::max();
-      for (const auto flow : {&up_, &down_}) { // half-close, each for itself
-        // Once: each call is news of the socket itself.
-        if (flow->finished() && !std::exchange(flow->shut, true)) {
-          ::shutdown(flow->to->fd.get(), SHUT_WR);
-        }
-      }
-      if (up_.finished() && down_.finished()) { return Outcome::answered; }
-    } else if (answering_ && down_.finished()) {
-      return Outcome::answered;
-    }
-
-    bool moved = false;
-    if (!up_.pending() && can_hear()) {
-      if (!hear()) { return Outcome::cut; }
-      moved = true;
-      if (!up_.framing.done()) {
-        up_.pass();
-        if (up_.framing.malformed()) {
-          return answering_ ? Outcome::cut : Outcome::bad_request;
-        }
-      }
-    } else if (!tunnel && (client_.broken || loop_.now() >= gone_at_)) {
-      return Outcome::cut; // nobody is waiting any more
-    }
-
-    if (target.readable && !down_.pending() &&
-        !(answering_ && down_.framing.done())) {
-      const auto n = receive(target, from_target_);
-      moved |= n >= 0;
-      if (n < 0 && would_block(errno)) {
-        continue;
-      } else if (n > 0 && answering_) {
-        down_.pass();
-      } else if (n > 0) {
-        const auto outcome = read_answer();
-        if (outcome != Outcome::answered) { return outcome; }
-      } else if (!answering_) {
-        return from_target_.empty() && !interim_ ? Outcome::no_answer
-                                                 : Outcome::bad_answer;
-      } else if (n == 0 && (tunnel || down_.framing.mode() ==
-                                          Framing::Mode::until_close)) {
-        down_.framing.close();
-      } else {
-        return Outcome::cut; // in the middle of its answer
-      }
-      if (down_.framing.malformed()) { return Outcome::cut; }
-    }
-    if (!moved && !up_.can_push() && !down_.can_push()) {
-      return Outcome::pending;
-    }
-  }
-  return Outcome::unfinished;
+// Only to be asked when the target itself has been reaped.
+inline bool Process::group_ended() const {
+  // Where we are the first process of a container, its orphans are ours.
+  while (::waitpid(-pid_, nullptr, WNOHANG) > 0) {}
+  if (::kill(-pid_, 0) != 0) { return errno == ESRCH; }
+  // Zombies count for kill(2), and the first process of many a container never
+  // reaps its orphans.
+  bool alive = false;
+  return for_each_member(pid_, [&](pid_t) { alive = true; }) && !alive;
 }
 
-// Reads the heads that have come: any 1xx, then the final one, after which
-// answering_ is set. `answered` only says that all is well so far.
-inline Connection::Outcome Connection::read_answer() {
-  while (!answering_) {
-    const auto end = head_end(from_target_.view());
-    if (!end) {
-      return from_target_.full() ? Outcome::bad_answer : Outcome::answered;
-    }
-    const auto text = from_target_.view().substr(0, end);
-    const auto refusal = parse_response(text, request_.method, answer_);
-    const bool switching = answer_.status == 101;
-    if (refusal.status || (switching && !request_.upgrade)) {
-      return Outcome::bad_answer;
-    }
-    answer_.upgrade = switching;
-    if (answer_.status < 200 && !switching) {
-      // RFC 9110, section 15.2: an HTTP/1.0 client does not know them.
-      if (request_.minor == 1) {
-        write_answer_head(true, down_.head);
-        interim_ = true;
-      }
-    } else {
-      answering_ = true;
-      if (switching) {
-        up_.framing = answer_.framing = Framing(Framing::Mode::tunnel);
-        up_.pass(); // what the client sent on
-      }
-      down_.framing = answer_.framing;
-      const bool chunked = down_.framing.mode() == Framing::Mode::chunked;
-      down_.unframe = chunked && request_.minor == 0;
-      keep_ = request_.keep_alive && !switching && !down_.unframe &&
-              down_.framing.mode() != Framing::Mode::until_close &&
-              up_.finished() && !listener_.draining();
-      write_answer_head(keep_, down_.head);
-    }
-    from_target_.consume(end);
+inline bool Process::ended() { return exited() && group_ended(); }
+
+template <typename F>
+void Process::wait(SteadyClock::time_point until, F condition) {
+  milliseconds pause{1};
+  while (!condition() && SteadyClock::now() < until) {
+    pollfd fd{exit_fd(), POLLIN, 0};
+    const auto next = SteadyClock::now() + pause;
+    wait_for(&fd, 1, fd.fd < 0 ? std::min(until, next) : until);
+    pause = std::min(pause * 2, milliseconds(10));
   }
-  down_.pass();
-  return Outcome::answered;
 }
 
-// To CGI and its like, "_" and "-" are the same in a name: what is ours to say
-// must not be said by others in that disguise.
-inline bool is_disguised(std::string_view name) {
-  if (!contains(name, "_")) { return false; }
-  std::string plain(name);
-  std::replace(plain.begin(), plain.end(), '_', '-');
-  return starts_with_same(plain, "X-Forwarded-") ||
-         starts_with_same(plain, "x-vercel-internal-");
+inline void Process::stop(SteadyClock::time_point deadline) {
+  if (!started()) { return; }
+  end_politely(deadline);
+  if (!ended()) { kill_group(); }
+  if (exit_text_.empty()) { exit_text_ = "could not be ended"; }
+  watchdog_.watch(0);
+  pidfd_.reset();
+  pid_ = 0;
 }
 
-inline void Connection::write_request_head(std::string &out) const {
-  const auto platform = listener_.vercel != nullptr;
-  const auto &prefix = listener_.strip_prefix;
-  auto target = request_.target;
-  const bool strip =
-      !prefix.empty() && starts_with(target, prefix) &&
-      (target.size() == prefix.size() || target[prefix.size()] == '/' ||
-       target[prefix.size()] == '?');
-  if (strip) { target.remove_prefix(prefix.size()); }
-
-  append(out, request_.method, " ");
-  if (!starts_with(target, "/") && target != "*") {
-    // RFC 9112, sections 3.2.1 and 3.2.4, for an absolute-form without a path
-    out += target.empty() && request_.method == "OPTIONS" && !strip ? '*' : '/';
-  }
-  append(out, target, request_.minor ? " HTTP/1.1\r\n" : " HTTP/1.0\r\n");
-  // RFC 9112, section 3.2.2: in absolute-form, it is the target that counts.
-  const bool absolute = !request_.authority.empty();
-  const auto host = absolute ? request_.authority : request_.value("Host");
-  if (absolute) { append(out, "Host: ", host, "\r\n"); }
-
-  const Field *chain = nullptr; // RFC 7239 knows what it is a chain of
-  for (const auto &field : request_.fields) {
-    if (same(field.name, "X-Forwarded-For")) { chain = &field; }
-  }
-  bool trailers = false, proto_known = false, host_known = false;
-  for (const auto &field : request_.fields) {
-    const auto is = [&field](const char *name) {
-      return same(field.name, name);
-    };
-    if (is("TE")) {
-      for_each_of(field.value, [&](std::string_view coding) {
-        trailers |= same(coding, "trailers");
-      });
-    } else if (is("Host")) {
-      if (!absolute) { append(out, field.line, "\r\n"); }
-    } else if (is("Content-Length")) { // parse_framing() saw to it being one
-      append(out, field.name, ": ", std::to_string(request_.length), "\r\n");
-    } else if (is("Transfer-Encoding")) {
-      append(out, field.name, ": chunked\r\n");
-    } else if (is("Upgrade") && request_.upgrade) {
-      append(out, field.line, "\r\n");
-    } else if (is("X-Forwarded-Proto") || is("X-Forwarded-Host")) {
-      if (!platform) { continue; } // anyone could have sent it
-      (is("X-Forwarded-Host") ? host_known : proto_known) = true;
-      append(out, field.line, "\r\n");
-    } else if (&field == chain) {
-      append(out, field.line);
-      if (!platform) { append(out, ", ", peer_); }
-      out += "\r\n";
-    } else if (starts_with_same(field.name, "x-vercel-internal-") ||
-               is_disguised(field.name) ||
-               (is("X-Forwarded-Prefix") && !prefix.empty()) ||
-               is("Warmproxy-Wait") || request_.names(field.name)) {
-      continue;
-    } else {
-      append(out, field.line, "\r\n");
+// SIGTERM goes to the target alone at first: launchers (npm, cross-env) pass it
+// on, and a second one ends a polite server at once. But a plain shell just
+// dies of it, and nobody tells its child.
+inline void Process::end_politely(SteadyClock::time_point deadline) {
+  if (!exited()) {
+    const auto now = SteadyClock::now();
+    const auto half = now + (deadline - now) / 2;
+    ::kill(pid_, SIGTERM);
+    wait(half, [&] { return exited(); });
+    if (exited()) {
+      const auto left = deadline - SteadyClock::now();
+      wait(std::min(half, SteadyClock::now() + left / 10),
+           [&] { return ended(); });
     }
   }
-  if (!chain) { append(out, "X-Forwarded-For: ", peer_, "\r\n"); }
-  if (!proto_known) { out += "X-Forwarded-Proto: http\r\n"; }
-  if (!host_known && !host.empty()) {
-    append(out, "X-Forwarded-Host: ", host, "\r\n");
-  }
-  if (strip) { append(out, "X-Forwarded-Prefix: ", prefix, "\r\n"); }
-  // RFC 9110, sections 7.8 and 10.1.4: both have to be named.
-  if (request_.upgrade || trailers) {
-    append(out, trailers ? "TE: trailers\r\n" : "",
-           "Connection: ", request_.upgrade ? "Upgrade" : "",
-           request_.upgrade && trailers ? ", " : "", trailers ? "TE" : "",
-           "\r\n");
-  }
-  out += "\r\n";
+  if (!ended()) { terminate_rest(); }
+  wait(deadline, [&] { return ended(); });
 }
 
-inline void Connection::write_answer_head(bool keep, std::string &out) {
-  const bool interim = answer_.status < 200;
-  // A 426 must say to what (RFC 9110, section 15.5.22), as a 101 does.
-  const bool upgrade = answer_.upgrade || answer_.status == 426;
-  const bool bodiless = interim || answer_.status == 204;
-  const bool chunked = answer_.find("Transfer-Encoding");
-  const bool cors = !options_.cors_origins.empty() && !interim;
-  const bool cached = !interim && cacheable();
-  bool has_length = false;
+inline void Process::terminate_rest() {
+  const bool listed = for_each_member(pid_, [&](pid_t pid) {
+    if (pid != pid_) { ::kill(pid, SIGTERM); }
+  });
+  if (!listed) { ::kill(-pid_, SIGTERM); }
+}
 
-  append(out, "HTTP/1.1 ", answer_.reason, "\r\n");
-  for (const auto &field : answer_.fields) {
-    const auto is = [&field](const char *name) {
-      return same(field.name, name);
-    };
-    if (is("Transfer-Encoding")) {
-      if (!bodiless && request_.minor == 1) {
-        append(out, field.name, ": chunked\r\n");
-      }
+inline void Process::kill_group() {
+  ::kill(-pid_, SIGKILL);
+  const bool permitted =
+      exited() || ::kill(pid_, SIGKILL) == 0 || errno != EPERM;
+  // The kernel needs a moment, and so does init, to reap them.
+  wait(SteadyClock::now() + seconds(permitted ? 1 : 0),
+       [&] { return ended(); });
+  if (!ended()) {
+    log_(concat("target (pid ", decimal(pid()), ") cannot be ended: ",
+                permitted ? "some of its processes survive SIGKILL"
+                          : error_text(EPERM),
+                "; it is left running"));
+  }
+}
+
+inline std::vector<ListeningSocket> Process::listeners() const {
+  SocketOwners owners;
+  std::vector<ListeningSocket> found;
+  if (!started()) { return found; }
+  for_each_member(pid_, [&](pid_t pid) { find_sockets(pid, owners); });
+  if (owners.empty()) { return found; }
+  // Our own network's tables: what is in another cannot be connected to.
+  read_listeners("/proc/self/net/tcp", owners, found);
+  read_listeners("/proc/self/net/tcp6", owners, found);
+  return found;
+}
+// "45" or "0.3", for texts that name a setting.
+inline std::string plain_seconds(milliseconds time) {
+  auto text = in_seconds(time);
+  while (ends_with(text, "0")) {
+    text.pop_back();
+  }
+  if (ends_with(text, ".")) { text.pop_back(); }
+  return text;
+}
+
+// ---- Supervisor: connecting without blocking
+// ---------------------------------
+
+// Gets a connection from the first of some endpoints that takes one. A connect
+// that meets a full backlog is dialed again sooner than the kernel would send
+// its next SYN, which is after 1, 3 and 7 s.
+class Dialer {
+public:
+  Dialer() = default;
+  explicit Dialer(std::vector<Endpoint> endpoints)
+      : endpoints_(std::move(endpoints)) {}
+
+  // Returns 0 when connected, EINPROGRESS, or why there is no connection.
+  int advance(Time now);
+  const Endpoint &endpoint() const { return endpoints_[at_]; }
+  int fd() const { return fd_.get(); }
+  Descriptor take() { return std::move(fd_); }
+  Time redial_at() const { return redial_at_; }
+
+private:
+  int state() const;
+
+  std::vector<Endpoint> endpoints_;
+  std::size_t at_ = 0;
+  Descriptor fd_;
+  int first_error_ = 0;
+  milliseconds patience_{20};
+  Time redial_at_{};
+};
+
+inline int Dialer::advance(Time now) {
+  for (;;) {
+    if (!fd_) {
+      fd_ = dial(endpoint());
+      redial_at_ = later(now, patience_);
+    }
+    const int error = fd_ ? state() : errno;
+    if (error == 0 || (error == EINPROGRESS && now < redial_at_)) {
+      return error;
+    }
+    fd_.reset();
+    if (error == EINPROGRESS) {
+      patience_ = std::min(patience_ * 2, milliseconds(1000));
       continue;
     }
-    if (is("Content-Length")) {
-      if (!bodiless && !chunked && !std::exchange(has_length, true)) {
-        append(out, field.name, ": ", std::to_string(answer_.length), "\r\n");
-      }
-      continue;
-    }
-    if (!(is("Upgrade") && upgrade) &&
-        (answer_.names(field.name) ||
-         (cors && starts_with_same(field.name, "Access-Control-Allow-")) ||
-         (cached && (is("Cache-Control") || is("CDN-Cache-Control") ||
-                     is("Vercel-CDN-Cache-Control"))))) {
-      continue;
-    }
-    append(out, field.line, "\r\n");
+    if (at_ == 0) { first_error_ = error; }
+    if (at_ + 1 == endpoints_.size()) { return first_error_; }
+    ++at_;
   }
-  if (cached) {
-    const auto age = std::to_string(options_.cdn_cache.count());
-    append(out, "Cache-Control: public, s-maxage=", age, "\r\n");
-    append(out, "CDN-Cache-Control: public, max-age=", age, "\r\n");
-    append(out, "Vercel-CDN-Cache-Control: public, max-age=", age, "\r\n");
-  }
-  if (cors) { write_cors(out); }
-  if (!interim) { out += lease_->timing(); }
-  if (upgrade) {
-    append(out, "Connection: ", keep || answer_.upgrade ? "" : "close, ",
-           "Upgrade\r\n");
-  } else if (!keep) {
-    out += "Connection: close\r\n";
-  } else if (request_.minor == 0) {
-    out += "Connection: keep-alive\r\n";
-  }
-  out += "\r\n";
 }
 
-// Whether `cdn_cache` is for this answer.
-inline bool Connection::cacheable() const {
-  // A 304 too: what it says replaces what the 200 had said.
-  if (options_.cdn_cache.count() == 0 ||
-      (answer_.status != 200 && answer_.status != 304) ||
-      (request_.method != "GET" && request_.method != "HEAD")) {
-    return false;
-  }
-  for (const auto &field : answer_.fields) {
-    bool forbidden = same(field.name, "Set-Cookie");
-    if (same(field.name, "Cache-Control")) {
-      for_each_of(field.value, [&](std::string_view directive) {
-        const auto name = directive.substr(0, directive.find('='));
-        forbidden |= same(name, "no-store") || same(name, "private");
-      });
-    }
-    if (forbidden) { return false; }
-  }
-  const auto path = request_.target.substr(0, request_.target.find('?'));
-  const auto content = answer_.value("Content-Type");
-  const auto type = trim(content.substr(0, content.find(';')));
-  return ends_with(path, ".js") || ends_with(path, ".css") ||
-         same(type, "text/javascript") ||
-         same(type, "application/javascript") || same(type, "text/css");
+inline int Dialer::state() const {
+  pollfd out{fd_.get(), POLLOUT, 0};
+  return ::poll(&out, 1, 0) > 0 ? connect_error(fd_.get()) : EINPROGRESS;
 }
 
-inline void Connection::write_cors(std::string &out) const {
-  // Which headers follow depends on it, also where none do.
-  out += "Vary: Origin\r\n";
-  const auto origin = request_.value("Origin");
-  const auto &origins = options_.cors_origins;
-  if (origin.empty() ||
-      std::none_of(origins.begin(), origins.end(), [&](const std::string &o) {
-        return o == "*" || same(o, origin);
-      })) {
+// How long to wait after a connect that was refused. It costs 15 us, so one
+// every 250 us takes 6 % of a core, and soon less; never is it 2 ms late.
+inline Time::duration connect_pause(Time::duration elapsed) {
+  return std::clamp<Time::duration>(
+      elapsed / 2000, std::chrono::microseconds(250), milliseconds(2));
+}
+
+// ---- Supervisor: the readiness probe
+
+// One GET of Options::health_path, from the connect to the head of the final
+// response. Redirects to the same server are followed: Prometheus and others
+// redirect `/` to a page that answers 503 until they are ready, so what counts
+// is where a browser would end.
+class Question {
+public:
+  enum class State {
+    connecting,
+    asked,         // the target has accepted the connection
+    no_connection, // mostly, nobody listens
+    no_response,   // or none that is HTTP
+    not_yet,       // answered with 502, 503 or 504
+    ready
+  };
+
+  Question(std::vector<Endpoint> endpoints, std::string path, std::string host)
+      : dialer_(std::move(endpoints)), path_(std::move(path)),
+        host_(std::move(host)) {}
+
+  // Goes on as far as it can without waiting.
+  void advance(Time now);
+  State state() const { return state_; }
+  bool is_open() const { return state_ <= State::asked; }
+  const std::string &seen() const { return seen_; } // for people to read
+  const Endpoint &endpoint() const { return dialer_.endpoint(); }
+  Time accepted_at() const { return accepted_at_; } // max(): not yet
+  Time redial_at() const {
+    return state_ == State::connecting ? dialer_.redial_at() : Time::max();
+  }
+  // What to wait for; no descriptor: nothing.
+  pollfd event() const {
+    return state_ == State::connecting ? pollfd{dialer_.fd(), POLLOUT, 0}
+                                       : pollfd{fd_.get(), POLLIN, 0};
+  }
+  // Reads the rest of a response and closes the connection behind it: many
+  // servers log an error if it is closed before.
+  void finish();
+
+private:
+  void connect(Time now);
+  bool receive();
+  void read_response();
+  void judge(const ResponseHead &response);
+  std::string redirect_path(const ResponseHead &response) const;
+  void end(State state, std::string seen);
+  void end_without_response(std::string_view why) {
+    end(State::no_response, concat("no answer to GET ", path_, " (", why, ")"));
+  }
+
+  Dialer dialer_;
+  std::string path_, host_;
+  Descriptor fd_;
+  State state_ = State::connecting;
+  std::string seen_ = "its backlog is full";
+  Time accepted_at_ = Time::max();
+  std::string received_;
+  int redirects_ = 0;
+  Framing rest_; // of the final response
+};
+
+inline void Question::advance(Time now) {
+  if (state_ == State::connecting) { connect(now); }
+  while (state_ == State::asked && receive()) {
+    read_response();
+    if (state_ == State::connecting) { connect(now); } // a redirect
+  }
+}
+
+inline void Question::end(State state, std::string seen) {
+  state_ = state;
+  seen_ = std::move(seen);
+  fd_.reset();
+}
+
+inline void Question::connect(Time now) {
+  const int error = dialer_.advance(now);
+  if (error == EINPROGRESS) { return; }
+  if (error) {
+    auto text = error_text(error);
+    text[0] = to_lower(text[0]);
+    return end(State::no_connection, std::move(text));
+  }
+  fd_ = dialer_.take();
+  accepted_at_ = std::min(accepted_at_, now);
+  if (path_.empty()) { return end(State::ready, "connected"); }
+  state_ = State::asked;
+  seen_ = concat("no answer to GET ", path_);
+  const auto request = concat("GET ", path_, " HTTP/1.1\r\nHost: ", host_,
+                              "\r\nUser-Agent: warmproxy/", WARMPROXY_VERSION,
+                              "\r\nAccept: */*\r\n\r\n");
+  const auto n = ::send(fd_.get(), request.data(), request.size(),
+                        MSG_DONTWAIT | MSG_NOSIGNAL);
+  if (n != static_cast<ssize_t>(request.size())) {
+    end_without_response("connection closed");
+  }
+}
+
+// Returns whether something has arrived.
+inline bool Question::receive() {
+  char bytes[16384];
+  const auto n = ::recv(fd_.get(), bytes, sizeof(bytes), MSG_DONTWAIT);
+  if (n > 0) {
+    received_.append(bytes, static_cast<std::size_t>(n));
+    return true;
+  }
+  if (n == 0 || !would_block(errno)) {
+    end_without_response("connection closed");
+  }
+  return false;
+}
+
+inline void Question::read_response() {
+  while (const auto end = head_end(received_)) {
+    ResponseHead response;
+    const auto refusal =
+        parse_response(received_.substr(0, end), "GET", response);
+    received_.erase(0, end);
+    if (refusal) {
+      return end_without_response(concat("malformed: ", refusal.reason));
+    }
+    if (response.status >= 200) { return judge(response); }
+  }
+  if (received_.size() >= WARMPROXY_MAX_HEAD_SIZE) {
+    end_without_response("its head is too large");
+  }
+}
+
+inline void Question::judge(const ResponseHead &response) {
+  const auto status = response.status;
+  if (const auto path = redirect_path(response); !path.empty()) {
+    ++redirects_;
+    path_ = path;
+    dialer_ = Dialer({endpoint()});
+    fd_.reset();
+    received_.clear();
+    state_ = State::connecting;
     return;
   }
-  // Fetch, section 3.2.5: with credentials, `*` is an origin like any other, so
-  // the origin itself is named.
-  append(out, "Access-Control-Allow-Origin: ", origin,
-         "\r\nAccess-Control-Allow-Credentials: true\r\n");
-  const auto method = request_.value("Access-Control-Request-Method");
-  const auto headers = request_.value("Access-Control-Request-Headers");
-  if (!method.empty()) {
-    append(out, "Access-Control-Allow-Methods: ", method, "\r\n");
+  seen_ = concat("GET ", path_, " answered ", decimal(status));
+  state_ = status >= 502 && status <= 504 ? State::not_yet : State::ready;
+  rest_ = response.framing;
+  rest_.take(received_);
+  finish();
+}
+
+// Where a redirect leads on this server; "" if it does not, or this is none.
+inline std::string Question::redirect_path(const ResponseHead &response) const {
+  if (response.status < 300 || response.status > 399 || redirects_ == 5) {
+    return {};
   }
-  if (!headers.empty()) {
-    append(out, "Access-Control-Allow-Headers: ", headers, "\r\n");
+  const auto port = concat(":", decimal(endpoint().port));
+  auto location = until(response.value(FieldName::location), '#');
+  for (const auto &authority :
+       {host_, endpoint().text(), concat("localhost", port)}) {
+    const auto own = concat("http://", authority);
+    if (!starts_with_ignore_case(location, own)) { continue; }
+    const auto path = location.substr(own.size());
+    if (path.empty()) { return "/"; }
+    if (path[0] == '?') { return concat("/", path); }
+    if (path[0] == '/') {
+      location = path;
+      break;
+    }
+  }
+  const bool here = starts_with(location, "/") && !starts_with(location, "//");
+  return here ? std::string(location) : "";
+}
+
+inline void Question::finish() {
+  char bytes[16384];
+  while (fd_ && !rest_.done() && !rest_.malformed()) {
+    const auto n = ::recv(fd_.get(), bytes, sizeof(bytes), MSG_DONTWAIT);
+    if (n < 0 && would_block(errno)) { return; }
+    if (n <= 0) { break; }
+    rest_.take({bytes, static_cast<std::size_t>(n)});
+  }
+  fd_.reset();
+}
+
+// The questions to one target, until one says that it is ready. A question that
+// the target has accepted is never given up: on a server with one thread the
+// next one would only wait behind it. After WARMPROXY_PROBE_PATIENCE one more
+// is put beside it, for a worker that died with the first.
+class Probe {
+public:
+  explicit Probe(const Config &config) : config_(config) {}
+
+  // Forgets all questions. Without endpoints nothing can be asked.
+  void aim(std::vector<Endpoint> endpoints);
+  bool can_ask() const { return !endpoints_.empty(); }
+  bool should_ask(Time now) const { return can_ask() && now >= ask_at(); }
+  void ask(std::string host, Time now);
+  // Goes on as far as it can without waiting.
+  void advance(Time now);
+
+  bool is_ready() const { return state_ == Question::State::ready; }
+  bool is_open() const; // a question is under way
+  // Of the latest question:
+  Question::State state() const { return state_; }
+  Time asked_at() const { return asked_at_; }
+  std::string seen() const;
+  // The one that answered last.
+  const Endpoint &endpoint() const { return endpoint_; }
+
+  Time deadline() const;
+  std::vector<pollfd> events() const;
+
+private:
+  void note(const Question &question, bool latest, Time now);
+  Time ask_at() const;
+
+  const Config &config_;
+  std::vector<Endpoint> endpoints_;
+  std::list<Question> questions_; // under way; the latest one is the last
+  Question::State state_ = Question::State::connecting;
+  std::string seen_;
+  Endpoint endpoint_;
+  Time began_{}, asked_at_{}, pause_until_{};
+  Time finish_until_ = Time::max(); // of the response that said "ready"
+};
+
+inline void Probe::aim(std::vector<Endpoint> endpoints) {
+  questions_.clear();
+  endpoints_ = std::move(endpoints);
+  state_ = Question::State::connecting;
+  seen_ = "no listening port found";
+  began_ = pause_until_ = RunningClock::now();
+  finish_until_ = Time::max();
+}
+
+inline void Probe::ask(std::string host, Time now) {
+  questions_.emplace_back(endpoints_, config_.health_path, std::move(host));
+  state_ = Question::State::connecting;
+  asked_at_ = now;
+  advance(now);
+}
+
+inline void Probe::advance(Time now) {
+  if (is_ready()) {
+    for (auto &question : questions_) {
+      question.finish();
+    }
+    if (now >= finish_until_ || events().empty()) { questions_.clear(); }
+    return;
+  }
+  for (auto it = questions_.begin(); it != questions_.end() && !is_ready();) {
+    it->advance(now);
+    const bool latest =
+        std::next(it) == questions_.end() && state_ <= Question::State::asked;
+    if (latest) { state_ = it->state(); }
+    if (it->is_open()) {
+      ++it;
+      continue;
+    }
+    note(*it, latest, now);
+    it = is_ready() ? std::next(it) : questions_.erase(it);
+  }
+  if (is_ready()) {
+    questions_.remove_if([](const Question &q) { return q.is_open(); });
   }
 }
 
-/*
- * Connection: what we say ourselves
- */
+inline void Probe::note(const Question &question, bool latest, Time now) {
+  const auto state = question.state();
+  if (state >= Question::State::not_yet) { endpoint_ = question.endpoint(); }
+  if (state == Question::State::ready) {
+    state_ = state;
+    finish_until_ = later(now, seconds(1));
+  }
+  if (latest || is_ready()) { seen_ = question.seen(); }
+  // A question that was answered costs the target much more than a connect.
+  pause_until_ = now + (state == Question::State::no_connection
+                            ? connect_pause(now - began_)
+                            : std::clamp<Time::duration>((now - began_) / 50,
+                                                         milliseconds(5),
+                                                         milliseconds(200)));
+}
 
-inline const char *status_text(int status) {
-  switch (status) {
-  case 200: return "OK";
-  case 204: return "No Content";
-  case 400: return "Bad Request";
-  case 408: return "Request Timeout";
-  case 431: return "Request Header Fields Too Large";
-  case 501: return "Not Implemented";
-  case 502: return "Bad Gateway";
-  case 503: return "Service Unavailable";
-  case 504: return "Gateway Timeout";
-  case 505: return "HTTP Version Not Supported";
-  default: return "Error";
+inline bool Probe::is_open() const {
+  return !is_ready() && !questions_.empty();
+}
+
+inline std::string Probe::seen() const {
+  return state_ <= Question::State::asked && !questions_.empty()
+             ? questions_.back().seen()
+             : seen_;
+}
+
+inline Time Probe::ask_at() const {
+  if (is_ready() || questions_.size() > 1) { return Time::max(); }
+  if (questions_.empty()) { return pause_until_; }
+  const auto accepted = questions_.front().accepted_at();
+  if (accepted == Time::max()) { return accepted; }
+  return std::max(pause_until_,
+                  later(accepted, milliseconds(WARMPROXY_PROBE_PATIENCE)));
+}
+
+inline Time Probe::deadline() const {
+  if (is_ready()) { return questions_.empty() ? Time::max() : finish_until_; }
+  auto next = can_ask() ? ask_at() : Time::max();
+  for (const auto &question : questions_) {
+    next = std::min(next, question.redial_at());
+  }
+  return next;
+}
+
+inline std::vector<pollfd> Probe::events() const {
+  std::vector<pollfd> events;
+  for (const auto &question : questions_) {
+    if (question.event().fd >= 0) { events.push_back(question.event()); }
+  }
+  return events;
+}
+
+// ---- Supervisor: where the program listens
+
+// The port that is the only one; port 0: there is none, there are several, or
+// it cannot be reached. Several are never chosen from, since one may be a
+// debugger.
+inline Endpoint only_endpoint(const std::vector<ListeningSocket> &sockets) {
+  Endpoint found;
+  for (const auto &socket : sockets) {
+    if (socket.port != sockets.front().port) { return {}; }
+    if (socket.reachable && (!found.port || !socket.ipv6)) {
+      found = {socket.ipv6, socket.port};
+    }
+  }
+  return found;
+}
+
+// The places, each once, as "artalk listens on port 43739 and port 6060".
+inline std::string listening_text(const std::vector<ListeningSocket> &sockets) {
+  std::set<std::string> named;
+  std::string text;
+  for (const auto &socket : sockets) {
+    const auto port = decimal(socket.port);
+    const auto address =
+        socket.ipv6 ? concat("[", socket.address, "]") : socket.address;
+    const auto place =
+        socket.reachable ? concat("port ", port) : concat(address, ":", port);
+    if (!named.insert(place).second) { continue; }
+    if (text.empty()) {
+      append(text, socket.program, " listens on ", place);
+    } else {
+      append(text, " and ", place);
+      if (socket.program != sockets.front().program) {
+        append(text, " (", socket.program, ")");
+      }
+    }
+  }
+  return text;
+}
+
+// What is wrong with where the program listens, and what to set; "" if nothing
+// is. `port`: where it should, or any_port.
+inline std::string
+explain_listening(const std::vector<ListeningSocket> &sockets, int port) {
+  std::set<int> ports, reachable;
+  for (const auto &socket : sockets) {
+    ports.insert(socket.port);
+    if (socket.reachable) { reachable.insert(socket.port); }
+  }
+  const bool any = port == any_port;
+  if (ports.empty() || reachable.count(port) ||
+      (any && ports.size() == 1 && reachable.size() == 1)) {
+    return {};
+  }
+  const auto text =
+      concat(listening_text(sockets),
+             any ? ""
+                 : concat(", not on ", reachable.empty() ? "127.0.0.1:" : "",
+                          decimal(port)),
+             ": ");
+  const auto otherwise = any ? "" : " or make it listen on $PORT";
+  if (reachable.empty()) {
+    return concat(text, "make it listen on 127.0.0.1",
+                  any ? "" : concat(":", decimal(port)));
+  }
+  if (reachable.size() == 1) {
+    return concat(text,
+                  "set WARMPROXY_TARGET_PORT=", decimal(*reachable.begin()),
+                  otherwise);
+  }
+  return concat(text, "set WARMPROXY_TARGET_PORT to the right one", otherwise);
+}
+
+// ---- Supervisor: leases
+
+// Why a request cannot have the target.
+struct Failure {
+  int status = 0;
+  std::string reason;
+  milliseconds retry_after{0};
+};
+
+class Supervisor;
+
+// RAII permit to use the target; the idle timer does not run while any lease
+// exists. One that waits for the target is not granted yet.
+class Lease {
+public:
+  Lease() = default;
+  Lease(const Lease &) = delete;
+  Lease &operator=(const Lease &) = delete;
+  ~Lease();
+
+  explicit operator bool() const { return supervisor_ != nullptr; } // granted
+  std::uint64_t generation() const { return generation_; } // of the target
+  const Endpoint &endpoint() const { return endpoint_; }
+  // A header line if the request had to wait for a start, else "".
+  const std::string &server_timing() const { return server_timing_; }
+  // How long this start has taken so far, or else the wait for it.
+  seconds waited() const {
+    return since_ == SteadyClock::time_point::max()
+               ? seconds(0)
+               : std::chrono::duration_cast<seconds>(
+                     SteadyClock::now() - std::min(since_, start_began_));
+  }
+
+private:
+  friend class Supervisor;
+
+  Supervisor *supervisor_ = nullptr;
+  std::uint64_t generation_ = 0;
+  Endpoint endpoint_;
+  std::string server_timing_;
+  // max(): it does not wait.
+  SteadyClock::time_point since_ = SteadyClock::time_point::max();
+  SteadyClock::time_point start_began_ = since_;
+  std::uint64_t failures_ = 0; // of starts, before it waited
+};
+
+// The pauses between failed starts: 100 ms, doubling to 5 s.
+class BackOff {
+public:
+  void reset() { pause_ = milliseconds(0); }
+  void failed(Time now) {
+    lengthen();
+    until_ = later(now, pause_);
+  }
+  // A target that was up has exited. The first time it may be chance, but one
+  // that keeps exiting as soon as it is up is started no more often than one
+  // that cannot start.
+  void exited(bool at_once, Time now) {
+    if (!at_once) { reset(); }
+    until_ = later(now, pause_);
+    if (at_once) { lengthen(); }
+  }
+  milliseconds pause() const { return pause_; }
+  Time until() const { return until_; }
+
+private:
+  void lengthen() {
+    pause_ = std::clamp(pause_ * 2, milliseconds(100), milliseconds(5000));
+  }
+
+  milliseconds pause_{0};
+  Time until_{};
+};
+
+// ---- Supervisor
+// ---------------------------------------------------------------
+
+// Owns the target's whole life, from one thread: only one start can be under
+// way, no lock guards the process, and the thread that PR_SET_PDEATHSIG follows
+// lives as long as we do.
+//   cold -> starting -> up -> stopping -> cold
+// An `up` target that refused a connection is `starting` until it is known
+// whether it is still there.
+class Supervisor {
+public:
+  // Throws std::system_error.
+  Supervisor(const Config &config, const Log &log);
+  Supervisor(const Supervisor &) = delete;
+  Supervisor &operator=(const Supervisor &) = delete;
+  ~Supervisor();
+
+  enum class Access {
+    granted,
+    pending, // ask again when something has changed
+    failed   // respond with the Failure
+  };
+  // Asks for the target, and starts it where need be. `host` is the request's
+  // Host, for the readiness probe.
+  Access acquire(Lease &lease, std::string_view host, Failure &failure);
+  // Called from any thread when pending requests should ask again.
+  void on_change(std::function<void()> notify);
+  // Called by the supervisor's thread before the target is asked to stop.
+  void before_stop(std::function<void()> close_idle);
+  // A new connection was refused, or closed without a response: is the target
+  // still there?
+  void suspect(const Lease &lease);
+  // Starts the target without a request.
+  void prewarm();
+  // Starts it no more: requests that wait fail with 503 at once.
+  void drain();
+  // Stops it for good, and does not wait; join() does.
+  void stop(SteadyClock::time_point deadline);
+  void join();
+  Status status() const;
+  bool owns(pid_t pid) const { return process_.owns(pid); }
+
+private:
+  friend class Lease;
+  enum class State { cold, starting, up, stopping };
+  using Lock = std::lock_guard<std::mutex>;
+
+  Access grant(Lease &lease);
+  Access fail_acquire(Failure &failure, int status, std::string reason,
+                      milliseconds retry_after);
+  void release();
+  void changed();
+
+  void run();
+  bool begin_start();
+  bool start();
+  bool start_process(Time deadline);
+  bool is_served();
+  bool wait_until_ready(Time deadline);
+  void ask(Time now);
+  bool ask_last(Time now, Time deadline);
+  bool is_ready(Time now) const;
+  void look_for_port(Time now);
+  bool report_listening();
+  std::string next_host();
+  bool give_up();
+  void become_up();
+  void watch();
+  bool is_suspected();
+  bool is_still_there();
+  bool give_up_refusing();
+  int try_connect();
+  void note_exit();
+  bool idle_too_long(Time &until);
+  void end();
+  void fail_waiting(int status, const std::string &reason);
+  bool fail(int status, const std::string &reason, const std::string &line);
+  bool fail(int status, const std::string &reason) {
+    return fail(status, reason, reason);
+  }
+  void set_state(State state);
+  bool is_draining() const;
+  bool is_stopping() const;
+  void wait(Time until, std::vector<pollfd> events);
+
+  std::string place_text() const; // "pid 1, port 2"
+  std::vector<Endpoint> endpoints() const {
+    return {{false, endpoint_.port}, {true, endpoint_.port}};
+  }
+  bool finds_port() const { return config_.target_port == any_port; }
+
+  // A second beside the single port shows within this time, and a program that
+  // listens elsewhere is named after it.
+  static constexpr seconds settling_time{1};
+  // For the answer to a question that was asked just before the deadline.
+  static constexpr milliseconds last_grace{1000};
+
+  const Config &config_;
+  const Log &log_;
+  Wakeup wakeup_;
+  Process process_;
+
+  // The thread's own.
+  Probe probe_;
+  unsigned host_turn_ = 0;
+  Time look_at_{}, settled_at_{}; // for the program's own port
+
+  mutable std::mutex mutex_; // of what follows; the thread reads what only it
+                             // writes without
+  std::function<void()> notify_;
+  State state_ = State::cold;
+  bool wanted_ = false, suspected_ = false;
+  bool draining_ = false, stopping_ = false;
+  SteadyClock::time_point stop_deadline_{};
+  std::string waking_host_, latest_host_;
+  Endpoint endpoint_;
+  std::uint64_t generation_ = 0, starts_ = 0, requests_ = 0;
+  std::size_t in_flight_ = 0;
+  Time last_use_{};
+  SteadyClock::time_point began_{}, spawned_{}, up_since_{};
+  milliseconds last_start_{0};
+  std::string last_exit_;
+  std::uint64_t failures_ = 0; // of starts
+  Failure failure_;            // the last one
+  BackOff back_off_;
+
+  std::mutex callback_mutex_; // of the next; held while it runs
+  std::function<void()> close_idle_;
+
+  std::thread thread_;
+};
+
+inline Lease::~Lease() {
+  if (supervisor_) { supervisor_->release(); }
+}
+
+// ---- Supervisor: what requests see of it
+
+inline Supervisor::Supervisor(const Config &config, const Log &log)
+    : config_(config), log_(log), process_(config, log), probe_(config) {
+  endpoint_.port = std::max(config.target_port, 0);
+  thread_ = std::thread([this] { run(); });
+}
+
+inline Supervisor::~Supervisor() {
+  stop(SteadyClock::now() + clamped(config_.stop_timeout));
+  join();
+}
+
+inline void Supervisor::join() {
+  if (thread_.joinable()) { thread_.join(); }
+}
+
+inline void Supervisor::drain() {
+  const Lock lock(mutex_);
+  draining_ = true;
+  changed();
+  wakeup_.wake();
+}
+
+inline void Supervisor::stop(SteadyClock::time_point deadline) {
+  const Lock lock(mutex_);
+  if (stopping_) { return; }
+  draining_ = stopping_ = true;
+  stop_deadline_ = deadline;
+  changed();
+  wakeup_.wake();
+}
+
+inline Supervisor::Access
+Supervisor::acquire(Lease &lease, std::string_view host, Failure &failure) {
+  const Lock lock(mutex_);
+  if (state_ == State::up && !stopping_) { return grant(lease); }
+  const bool is_host = !host.empty() && host.size() < 300; // a name has 253
+  if (lease.since_ == SteadyClock::time_point::max()) {
+    lease.since_ = SteadyClock::now();
+    lease.failures_ = failures_;
+    if (is_host) { latest_host_ = host; }
+  }
+  if (draining_) {
+    return fail_acquire(failure, 503, "shutting down", milliseconds(0));
+  }
+  if (failures_ != lease.failures_) {
+    failure = failure_;
+    return Access::failed;
+  }
+  if (state_ == State::starting) {
+    lease.start_began_ = began_;
+    return Access::pending;
+  }
+  const auto pause = back_off_.until() - RunningClock::now();
+  if (!wanted_ && pause.count() > 0) {
+    return fail_acquire(
+        failure, 503,
+        concat(failure_.reason, "; it is started again in a moment"),
+        std::chrono::ceil<milliseconds>(pause));
+  }
+  if (!std::exchange(wanted_, true)) {
+    waking_host_ = is_host ? host : "";
+    wakeup_.wake();
+  }
+  return Access::pending;
+}
+
+inline Supervisor::Access Supervisor::grant(Lease &lease) {
+  ++in_flight_;
+  ++requests_;
+  lease.supervisor_ = this;
+  lease.generation_ = generation_;
+  lease.endpoint_ = endpoint_;
+  if (lease.since_ != SteadyClock::time_point::max()) {
+    lease.server_timing_ =
+        concat("Server-Timing: warmproxy;desc=\"cold start\";dur=",
+               in_milliseconds(SteadyClock::now() - lease.since_),
+               ", warmproxy-spawn;dur=", in_milliseconds(spawned_ - began_),
+               ", warmproxy-ready;dur=", in_milliseconds(up_since_ - spawned_),
+               "\r\n");
+  }
+  return Access::granted;
+}
+
+inline Supervisor::Access Supervisor::fail_acquire(Failure &failure, int status,
+                                                   std::string reason,
+                                                   milliseconds retry_after) {
+  failure = {status, std::move(reason), retry_after};
+  return Access::failed;
+}
+
+inline void Supervisor::release() {
+  const Lock lock(mutex_);
+  if (--in_flight_ == 0) { last_use_ = RunningClock::now(); }
+}
+
+inline void Supervisor::on_change(std::function<void()> notify) {
+  const Lock lock(mutex_);
+  notify_ = std::move(notify);
+}
+
+// Under mutex_.
+inline void Supervisor::changed() {
+  if (notify_) { notify_(); }
+}
+
+inline void Supervisor::before_stop(std::function<void()> close_idle) {
+  const Lock lock(callback_mutex_);
+  close_idle_ = std::move(close_idle);
+}
+
+inline void Supervisor::suspect(const Lease &lease) {
+  const Lock lock(mutex_);
+  if (state_ != State::up || lease.generation_ != generation_) { return; }
+  state_ = State::starting;
+  suspected_ = true;
+  wakeup_.wake();
+}
+
+inline void Supervisor::prewarm() {
+  const Lock lock(mutex_);
+  if (state_ != State::cold) { return; }
+  wanted_ = true;
+  wakeup_.wake();
+}
+
+inline Status Supervisor::status() const {
+  using std::chrono::duration_cast;
+  static constexpr const char *names[] = {"cold", "starting", "up", "stopping"};
+  const Lock lock(mutex_);
+  Status status;
+  status.state = names[static_cast<int>(state_)];
+  status.pid = state_ == State::cold ? 0 : static_cast<long>(process_.pid());
+  status.port = endpoint_.port;
+  status.starts = starts_;
+  status.last_exit = last_exit_;
+  if (state_ == State::up) {
+    status.up_for = duration_cast<milliseconds>(SteadyClock::now() - up_since_);
+  }
+  status.last_start = last_start_;
+  status.requests = requests_;
+  status.in_flight = in_flight_;
+  return status;
+}
+
+// ---- Supervisor: the thread
+
+inline void Supervisor::run() {
+  while (!is_stopping()) {
+    if (begin_start()) {
+      if (start()) { watch(); }
+      end();
+      continue;
+    }
+    // The clock of the pause only goes on while it is asked.
+    const auto pause_end = back_off_.until();
+    wait(RunningClock::now() < pause_end ? pause_end : Time::max(), {});
   }
 }
 
-// The page of someone who waits, and of someone whom we must disappoint. It
-// asks for nothing from outside. `%` stands for what fill_page() knows.
-inline constexpr std::string_view page_template = R"html(<!doctype html>
+// Waits for a wake-up, the target's exit, one of `events` or `until`, but at
+// most `max_wait`.
+inline void Supervisor::wait(Time until, std::vector<pollfd> events) {
+  events.push_back({wakeup_.fd(), POLLIN, 0});
+  if (process_.exit_fd() >= 0) {
+    events.push_back({process_.exit_fd(), POLLIN, 0});
+  } else if (process_.started()) {
+    until = std::min(until, after(milliseconds(10)));
+  }
+  wait_for(events.data(), events.size(), until);
+  wakeup_.drain();
+}
+
+inline bool Supervisor::is_draining() const {
+  const Lock lock(mutex_);
+  return draining_;
+}
+
+inline bool Supervisor::is_stopping() const {
+  const Lock lock(mutex_);
+  return stopping_;
+}
+
+inline void Supervisor::set_state(State state) {
+  const Lock lock(mutex_);
+  state_ = state;
+  changed();
+}
+
+// Fails the requests that wait now. Under mutex_.
+inline void Supervisor::fail_waiting(int status, const std::string &reason) {
+  failure_ = {status, reason, back_off_.pause()};
+  ++failures_;
+  changed();
+}
+
+// What clients may know of "path: reason".
+inline std::string without_path(const std::string &reason) {
+  const auto colon = reason.find(": ");
+  return colon == reason.npos ? reason : reason.substr(colon + 2);
+}
+
+// Ends a start; the log gets `line`. Always false.
+inline bool Supervisor::fail(int status, const std::string &reason,
+                             const std::string &line) {
+  {
+    const Lock lock(mutex_);
+    back_off_.failed(RunningClock::now());
+    state_ = State::stopping;
+    fail_waiting(status, reason);
+  }
+  log_(line);
+  return false;
+}
+
+// ---- Supervisor: starting
+
+inline bool Supervisor::begin_start() {
+  const Lock lock(mutex_);
+  if (!wanted_ || draining_) { return false; }
+  wanted_ = suspected_ = false;
+  state_ = State::starting;
+  ++starts_;
+  began_ = SteadyClock::now();
+  endpoint_ = {false, config_.target_port == 0
+                          ? free_port()
+                          : std::max(config_.target_port, 0)};
+  host_turn_ = 0;
+  return true;
+}
+
+inline bool Supervisor::start() {
+  const auto deadline = after(config_.startup_timeout);
+  if (config_.target_port > 0 && is_served()) {
+    log_(concat("port ", decimal(endpoint_.port),
+                " is served already: using that, starting nothing"));
+  } else if (!start_process(deadline)) {
+    return false;
+  }
+  {
+    const Lock lock(mutex_);
+    spawned_ = SteadyClock::now();
+  }
+  if (!wait_until_ready(deadline)) { return false; }
+  become_up();
+  return true;
+}
+
+// Whether the port accepts a connection, on which the target is then asked. A
+// full backlog is somebody's, too.
+inline bool Supervisor::is_served() {
+  const auto limit = after(milliseconds(100));
+  probe_.aim(endpoints());
+  ask(RunningClock::now());
+  while (probe_.state() == Question::State::connecting &&
+         RunningClock::now() < limit) {
+    wait(std::min(limit, probe_.deadline()), probe_.events());
+    probe_.advance(RunningClock::now());
+  }
+  return probe_.state() != Question::State::no_connection;
+}
+
+inline bool Supervisor::start_process(Time deadline) {
+  const int port = finds_port() ? free_port() : endpoint_.port;
+  const auto reason = process_.start(
+      port, [this] { return is_draining(); }, deadline);
+  if (is_draining()) { return false; }
+  if (!reason.empty()) {
+    const std::string what = "the target cannot be started: ";
+    return fail(502, concat(what, without_path(reason)), concat(what, reason));
+  }
+  log_(concat("target started (", place_text(), ")"));
+  probe_.aim(finds_port() ? std::vector<Endpoint>() : endpoints());
+  return true;
+}
+
+inline std::string Supervisor::place_text() const {
+  const auto pid = process_.pid();
+  const auto port = endpoint_.port;
+  return concat(pid ? concat("pid ", decimal(pid)) : "",
+                pid && port ? ", " : "",
+                port ? concat("port ", decimal(port)) : "");
+}
+
+// The Hosts take turns: servers close the connection to unknown ones, and one
+// visitor with a wrong Host must not keep the target from being found ready.
+inline std::string Supervisor::next_host() {
+  const Lock lock(mutex_);
+  const auto turn = host_turn_++ % 3;
+  const auto host = turn == 0   ? waking_host_
+                    : turn == 1 ? latest_host_
+                                : std::string();
+  return host.empty() ? "localhost" : host;
+}
+
+inline void Supervisor::ask(Time now) { probe_.ask(next_host(), now); }
+
+inline bool Supervisor::wait_until_ready(Time deadline) {
+  auto report_at = after(settling_time);
+  look_at_ = finds_port() ? Time() : Time::max();
+  for (;;) {
+    const auto now = RunningClock::now();
+    if (is_draining()) { return false; }
+    if (process_.exited()) {
+      return fail(502, concat("the target ", process_.exit_text(),
+                              " before it was up", process_.exit_hint()));
+    }
+    // What has arrived is read before the deadline is judged.
+    probe_.advance(now);
+    look_for_port(now);
+    if (probe_.should_ask(now)) { ask(now); }
+    if (is_ready(now)) { return true; }
+    if (!process_.started() &&
+        probe_.state() == Question::State::no_connection) {
+      return false; // it was not ours, and has gone: start the program
+    }
+    if (now >= deadline && !ask_last(now, deadline)) { return give_up(); }
+    if (now >= report_at) {
+      report_at = report_listening() ? Time::max() : after(settling_time);
+    }
+    const auto end =
+        now < deadline ? deadline : later(probe_.asked_at(), last_grace);
+    wait(std::min({end, probe_.deadline(), look_at_, report_at}),
+         probe_.events());
+  }
+}
+
+// Past the deadline: whether the answer to a last question is worth waiting
+// for.
+inline bool Supervisor::ask_last(Time now, Time deadline) {
+  if (!probe_.can_ask() || probe_.is_ready()) { return false; }
+  if (!probe_.is_open() && probe_.asked_at() < deadline) { ask(now); }
+  return probe_.is_ready() ||
+         (probe_.is_open() && now < later(probe_.asked_at(), last_grace));
+}
+
+inline bool Supervisor::is_ready(Time now) const {
+  return probe_.is_ready() && (!finds_port() || now >= settled_at_);
+}
+
+// With any_port: finds out which port is the program's, right before each
+// question, too, since a port that it has given up may be a stranger's.
+inline void Supervisor::look_for_port(Time now) {
+  const bool due = now >= look_at_ || probe_.should_ask(now) || is_ready(now);
+  if (!finds_port() || !due) { return; }
+  const auto found = only_endpoint(process_.listeners());
+  if (found.port != endpoint_.port) {
+    settled_at_ = now + settling_time;
+    probe_.aim(found.port ? std::vector<Endpoint>{found}
+                          : std::vector<Endpoint>());
+    const Lock lock(mutex_);
+    endpoint_ = found;
+  }
+  const auto elapsed =
+      std::chrono::duration_cast<milliseconds>(SteadyClock::now() - began_);
+  look_at_ =
+      now + std::clamp(elapsed / 20, milliseconds(10), milliseconds(200));
+  if (now < settled_at_) { look_at_ = std::min(look_at_, settled_at_); }
+}
+
+// Returns whether there was something to report.
+inline bool Supervisor::report_listening() {
+  const auto text = explain_listening(process_.listeners(),
+                                      finds_port() ? any_port : endpoint_.port);
+  if (!text.empty()) { log_(text); }
+  return !text.empty();
+}
+
+// The time for the start is over. A maintenance page is better passed on than
+// killed, but not if somebody has said what to ask for. Returns whether the
+// target is used.
+inline bool Supervisor::give_up() {
+  const auto time = concat(plain_seconds(config_.startup_timeout), " s");
+  const bool settled = !finds_port() || RunningClock::now() >= settled_at_;
+  if (probe_.state() == Question::State::not_yet && settled &&
+      config_.health_path == "/") {
+    log_(concat("target used as it is: ", probe_.seen(), " after ", time,
+                " (see WARMPROXY_STARTUP_TIMEOUT)"));
+    return true;
+  }
+  const auto listening = explain_listening(
+      process_.listeners(), finds_port() ? any_port : endpoint_.port);
+  return fail(504, concat("target not ready after ", time, " (last probe: ",
+                          probe_.seen(), "); see WARMPROXY_STARTUP_TIMEOUT",
+                          listening.empty() ? "" : "; ", listening));
+}
+
+inline void Supervisor::become_up() {
+  {
+    const Lock lock(mutex_);
+    endpoint_ = probe_.endpoint();
+    up_since_ = SteadyClock::now();
+    last_start_ = std::chrono::duration_cast<milliseconds>(up_since_ - began_);
+    last_use_ = RunningClock::now();
+    ++generation_;
+    state_ = State::up;
+    changed();
+  }
+  log_(concat("target up in ", in_seconds(up_since_ - began_), " s (",
+              place_text(), ")"));
+}
+
+// ---- Supervisor: watching
+
+inline void Supervisor::watch() {
+  while (!is_stopping()) {
+    if (process_.exited()) { return note_exit(); }
+    if (is_suspected() && !is_still_there()) {
+      if (process_.exited()) { continue; }
+      return;
+    }
+    auto until = Time::max();
+    if (idle_too_long(until)) { return; }
+    probe_.advance(RunningClock::now());
+    wait(std::min(until, probe_.deadline()), probe_.events());
+  }
+}
+
+inline bool Supervisor::is_suspected() {
+  const Lock lock(mutex_);
+  return std::exchange(suspected_, false);
+}
+
+// Finds out whether a target that was up still accepts connections. A full
+// backlog is no evidence of death, nor is that we lack something. One that
+// refuses connections may be reloading, and has as long as a start may take.
+inline bool Supervisor::is_still_there() {
+  auto began = RunningClock::now();
+  for (;;) {
+    if (try_connect() != ECONNREFUSED) {
+      set_state(State::up);
+      return true;
+    }
+    const auto now = RunningClock::now();
+    if (process_.exited() || !process_.started() || is_stopping()) {
+      return false;
+    }
+    if (now >= later(began, config_.startup_timeout)) {
+      if (!give_up_refusing()) { return false; }
+      began = now;
+    }
+    wait(now + connect_pause(now - began), {});
+  }
+}
+
+// A target that refuses connections is ended, but not in the middle of a
+// response: any lease there is now stands for one, since a request that was
+// dialing has been refused, too. Returns whether it is left running.
+inline bool Supervisor::give_up_refusing() {
+  const auto reason = concat("target has refused connections for ",
+                             plain_seconds(config_.startup_timeout),
+                             " s; see WARMPROXY_STARTUP_TIMEOUT");
+  bool responding = false;
+  {
+    const Lock lock(mutex_);
+    responding = in_flight_ > 0;
+    if (responding) { fail_waiting(504, reason); }
+  }
+  if (!responding) { return fail(504, reason); }
+  log_(concat(reason, " (left running: it still responds to another request)"));
+  return true;
+}
+
+// Returns 0, the error, or EINPROGRESS for a full backlog.
+inline int Supervisor::try_connect() {
+  Dialer dialer(endpoints());
+  const auto limit = after(milliseconds(100));
+  for (;;) {
+    const auto now = RunningClock::now();
+    const int error = dialer.advance(now);
+    if (error != EINPROGRESS || now >= limit || process_.exited()) {
+      return error;
+    }
+    wait(std::min(limit, dialer.redial_at()), {{dialer.fd(), POLLOUT, 0}});
+  }
+}
+
+inline void Supervisor::note_exit() {
+  const auto lived = SteadyClock::now() - up_since_;
+  {
+    const Lock lock(mutex_);
+    back_off_.exited(lived < milliseconds(250), RunningClock::now());
+    failure_.reason = concat("the target ", process_.exit_text());
+    state_ = State::stopping;
+  }
+  log_(concat("target ", process_.exit_text(), " after ", in_seconds(lived),
+              " s; the next request starts it again"));
+}
+
+// Else `until` is when to ask again.
+inline bool Supervisor::idle_too_long(Time &until) {
+  if (!config_.idle_stop.count() || !process_.started()) { return false; }
+  {
+    const Lock lock(mutex_);
+    const auto now = RunningClock::now();
+    if (in_flight_) { last_use_ = now; }
+    until = later(last_use_, config_.idle_stop);
+    if (now < until) { return false; }
+    back_off_.reset();
+    state_ = State::stopping;
+  }
+  log_(concat("target stopped: idle for ", plain_seconds(config_.idle_stop),
+              " s (WARMPROXY_IDLE_STOP)"));
+  return true;
+}
+
+// ---- Supervisor: stopping
+
+// Ends the target, or what it has left of its process group.
+inline void Supervisor::end() {
+  set_state(State::stopping);
+  probe_.aim({});
+  if (process_.started()) {
+    // What a target that has exited has left only holds the port that the next
+    // one needs.
+    const bool exited = process_.exited();
+    auto budget = clamped(config_.stop_timeout);
+    if (exited) { budget = std::min<milliseconds>(budget, seconds(1)); }
+    auto deadline = SteadyClock::now() + budget;
+    if (!exited) {
+      const Lock lock(callback_mutex_);
+      if (close_idle_) { close_idle_(); }
+    }
+    {
+      const Lock lock(mutex_);
+      if (stopping_) { deadline = std::min(deadline, stop_deadline_); }
+    }
+    process_.stop(deadline);
+    const Lock lock(mutex_);
+    last_exit_ = process_.exit_text();
+  }
+  set_state(State::cold);
+}
+// ---- Platform: Vercel's IPC -------------------------------------------------
+
+// Vercel's side of the contract with a function of the runtime `executable`:
+// JSON messages, each ended by a NUL, over a Unix socket. Reference:
+// internals/ipc-proxy in vercel/vercel. All functions may be called from any
+// thread; none of them waits for the platform.
+class Vercel {
+public:
+  // Null without VERCEL_IPC_PATH, and if it cannot be connected, which is
+  // logged. Throws std::system_error.
+  static std::unique_ptr<Vercel> connect(const Log &log);
+  explicit Vercel(Descriptor socket) : socket_(std::move(socket)) {}
+  // Sends what is left. A platform that does not read has 2 s to begin with it.
+  ~Vercel();
+
+  void started(milliseconds took, int port);
+  // Ends an invocation after `delay`.
+  void end(std::string_view invocation_id, std::string_view request_id,
+           milliseconds delay);
+  // Sends what was to be sent later at once, now and from now on.
+  void flush();
+  void unrecoverable(int exit_code, std::string_view message);
+
+private:
+  void send(std::string message, milliseconds delay = milliseconds(0));
+  bool start_writer();
+  void write();
+  void send_due();
+  void send_unsent();
+
+  const Descriptor socket_;
+  Wakeup wakeup_;      // of the writer
+  std::mutex mutex_;   // of all below
+  std::string unsent_; // what the platform has not read yet
+  // By the time that has to pass while we run: background work makes no
+  // progress while the instance is frozen.
+  std::multimap<Time, std::string> later_;
+  bool flushing_ = false, over_ = false;
+  std::thread writer_; // started with the first message that has to wait
+};
+
+inline std::unique_ptr<Vercel> Vercel::connect(const Log &log) {
+  const char *path = std::getenv("VERCEL_IPC_PATH");
+  if (!path || !*path) { return {}; }
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  auto socket = new_socket(AF_UNIX);
+  if (std::strlen(path) >= sizeof(address.sun_path)) {
+    errno = ENAMETOOLONG;
+  } else {
+    std::strcpy(address.sun_path, path);
+    if (::connect(socket.get(), reinterpret_cast<sockaddr *>(&address),
+                  sizeof(address)) == 0) {
+      return std::make_unique<Vercel>(std::move(socket));
+    }
+  }
+  log(printable(concat("cannot connect to Vercel: VERCEL_IPC_PATH \"", path,
+                       "\": ", error_text(errno), "; going on without it")));
+  return {};
+}
+
+inline Vercel::~Vercel() {
+  flush();
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    over_ = true;
+    wakeup_.wake();
+  }
+  if (writer_.joinable()) { writer_.join(); }
+  pollfd out{socket_.get(), POLLOUT, 0};
+  const auto deadline = SteadyClock::now() + seconds(2);
+  while (!unsent_.empty() && SteadyClock::now() < deadline) {
+    wait_for(&out, 1, deadline);
+    send_unsent();
+  }
+}
+
+inline void Vercel::started(milliseconds took, int port) {
+  send(concat("{\"type\":\"server-started\",\"payload\":{\"initDuration\":",
+              decimal(took.count()), ",\"httpPort\":", decimal(port), "}}"));
+}
+
+inline void Vercel::end(std::string_view invocation_id,
+                        std::string_view request_id, milliseconds delay) {
+  std::uint64_t number = 0; // stays 0 if there is none
+  to_number(request_id, number);
+  send(concat("{\"type\":\"end\",\"payload\":{\"context\":{\"invocationId\":",
+              json_string(invocation_id), ",\"requestId\":", decimal(number),
+              "}}}"),
+       delay);
+}
+
+inline void Vercel::unrecoverable(int exit_code, std::string_view message) {
+  send(concat("{\"type\":\"unrecoverable-error\",\"payload\":{\"exitCode\":",
+              decimal(exit_code), ",\"message\":", json_string(message), "}}"));
+}
+
+inline void Vercel::flush() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  flushing_ = true;
+  send_due();
+}
+
+inline void Vercel::send(std::string message, milliseconds delay) {
+  message += '\0';
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (delay.count() > 0 && !flushing_ && start_writer()) {
+    later_.emplace(after(delay), std::move(message));
+    wakeup_.wake();
+    return;
+  }
+  unsent_ += message;
+  send_unsent();
+  if (!unsent_.empty() && start_writer()) { wakeup_.wake(); }
+}
+
+// Without a thread for it, a message is sent at once, or with the next one.
+inline bool Vercel::start_writer() {
+  try {
+    if (!writer_.joinable()) {
+      writer_ = std::thread([this] { write(); });
+    }
+    return true;
+  } catch (const std::system_error &) { return false; }
+}
+
+inline void Vercel::write() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (!over_) {
+    send_due();
+    pollfd fds[] = {{wakeup_.fd(), POLLIN, 0},
+                    {unsent_.empty() ? -1 : socket_.get(), POLLOUT, 0}};
+    const auto next = later_.empty() ? Time::max() : later_.begin()->first;
+    lock.unlock();
+    wait_for(fds, 2, next);
+    wakeup_.drain();
+    lock.lock();
+  }
+}
+
+inline void Vercel::send_due() {
+  const auto due =
+      later_.upper_bound(flushing_ ? Time::max() : RunningClock::now());
+  for (auto next = later_.begin(); next != due; next = later_.erase(next)) {
+    unsent_ += next->second;
+  }
+  send_unsent();
+}
+
+inline void Vercel::send_unsent() {
+  while (!unsent_.empty()) {
+    const auto n = ::send(socket_.get(), unsent_.data(), unsent_.size(),
+                          MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (n < 0 && would_block(errno)) { return; }
+    // The platform is gone: nobody is left to be told.
+    unsent_.erase(0, n > 0 ? static_cast<std::size_t>(n) : unsent_.npos);
+  }
+}
+
+// Settings that the platform calls for. `lookup` finds a variable or null.
+template <typename Lookup>
+void adapt_to_vercel(Options &options, Lookup &&lookup) {
+  const auto variable = [&](const char *name) {
+    const char *value = lookup(name);
+    return std::string(trim(value ? value : ""));
+  };
+  const auto strip = variable("VERCEL_SERVICE_ROUTE_PREFIX_STRIP");
+  if ((strip == "1" || equals_ignore_case(strip, "true")) &&
+      options.strip_prefix.empty()) {
+    options.strip_prefix = variable("VERCEL_SERVICE_ROUTE_PREFIX");
+  }
+  // An instance exists because a request is on its way.
+  if (!lookup("WARMPROXY_PREWARM")) { options.prewarm = true; }
+  if (options.host == "0.0.0.0") { options.host = "127.0.0.1"; }
+  options.keep_alive_timeout = milliseconds(0); // it may pass in a freeze
+  // The platform kills us 500 ms after SIGTERM: drain and stop within that.
+  options.stop_timeout = std::min(options.stop_timeout, milliseconds(200));
+  for (const auto name : {"HOME", "TMPDIR"}) { // nothing else is writable
+    if (!lookup(name)) { options.env.emplace(name, "/tmp"); }
+  }
+}
+
+// ---- Responses of our own --------------------------------------------------
+
+struct Reply {
+  int status = 200;
+  std::string lines; // further header lines, each with CRLF
+  std::string type;  // Content-Type; empty: none
+  std::string body;
+};
+
+// A browser that navigates to a page, and nobody else.
+inline bool wants_page(const RequestHead &request);
+// A CORS preflight request that is answered here.
+inline bool is_preflight(const RequestHead &request, const Config &config);
+
+// A page for navigations, else a line of text: "warmproxy: <reason>".
+inline Reply error_reply(const RequestHead &request, int status,
+                         std::string_view reason, std::string lines = {});
+// The same for a start that failed after `waited`.
+inline Reply start_failure_reply(const RequestHead &request, int status,
+                                 std::string_view reason,
+                                 milliseconds retry_after, seconds waited);
+inline Reply waiting_page(const RequestHead &request, seconds waited);
+inline Reply preflight_reply();
+inline Reply ping_reply();
+// JSON, or metrics for Prometheus where the request asks for them.
+inline Reply status_reply(const RequestHead &request, const Status &status);
+
+// Adds what every response of ours has: Date, Content-Length, Cache-Control
+// unless `lines` has it, CORS, Connection.
+inline void write_reply(const Reply &reply, const RequestHead &request,
+                        const Config &config, bool keep_alive,
+                        std::string &out);
+
+// ---- Responses: pages
+
+// The page of a visitor who waits, or who cannot be served. It loads nothing
+// from outside. fill() replaces what begins with '%'.
+inline constexpr std::string_view page_head = R"html(<!doctype html>
 <html lang="%lang">
-<head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="robots" content="noindex">
-<meta name="color-scheme" content="light dark">
 <title>%title</title>
 <link rel="icon" href="data:,">
 %refresh<style>
-:root { --page: #f6f7f9; --text: #1c2330; --soft: #5d6778; --line: #dde1e8; --warm: #c2410c }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #14171d; --text: #e9ecf1; --soft: #9aa4b4; --line: #2b313c; --warm: #ff8a4c }
-}
-* { box-sizing: border-box }
-html { height: 100% }
-body { margin: 0; min-height: 100%; display: grid; place-items: center; padding: 24px;
-  background: var(--page); color: var(--text);
-  font: 1.0625rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "PingFang SC", "Noto Sans CJK SC", sans-serif }
+:root { color-scheme: light dark; --page: #f6f7f9; --text: #1c2330; --soft: #5d6778; --line: #dde1e8; --warm: #c2410c }
+@media (prefers-color-scheme: dark) { :root { --page: #14171d; --text: #e9ecf1; --soft: #9aa4b4; --line: #2b313c; --warm: #ff8a4c } }
+@media (forced-colors: active) { :root { --line: GrayText; --warm: Highlight; --soft: CanvasText } #bar { forced-color-adjust: none } }
+body { display: grid; place-items: center; min-height: 100vh; box-sizing: border-box; margin: 0; padding: 24px;
+  background: var(--page); color: var(--text); font: 1.0625rem/1.55 system-ui, "PingFang SC", "Noto Sans CJK SC", sans-serif }
 main { width: 100%; max-width: 26rem }
-h1 { display: flex; align-items: baseline; gap: .45em; margin: 0 0 .35em; font-size: 1.45rem; font-weight: 650; line-height: 1.25; letter-spacing: -.01em }
-h1::before { content: ""; flex: none; width: .55em; height: .55em; border-radius: 50%; background: var(--soft) }
-.waits h1::before { background: var(--warm); animation: glow 1.6s ease-in-out infinite alternate }
+h1 { margin: 0 0 .35em; font-size: 1.45rem; line-height: 1.25 }
 p { margin: 0; color: var(--soft); overflow-wrap: anywhere }
 p::first-letter { text-transform: uppercase }
-progress { appearance: none; -webkit-appearance: none; display: block; width: 100%; height: 4px; margin: 1.5rem 0 .9rem;
-  border: 0; border-radius: 2px; overflow: hidden; background: var(--line) }
-progress::-webkit-progress-bar { background: transparent }
-progress::-moz-progress-bar { background: transparent }
-progress { background-image: linear-gradient(var(--warm), var(--warm)); background-size: 35% 100%;
-  background-repeat: no-repeat; animation: go 1.6s ease-in-out infinite alternate }
-@keyframes go { from { background-position: 0 0 } to { background-position: 100% 0 } }
-@keyframes glow { from { opacity: .35 } to { opacity: 1 } }
-@media (prefers-reduced-motion: reduce) {
-  progress, .waits h1::before { animation: none }
-  progress { background-image: repeating-linear-gradient(90deg, var(--warm) 0 8px, transparent 8px 16px); background-size: auto; opacity: .6 }
-}
-@media (forced-colors: active) {
-  :root { --line: GrayText; --warm: Highlight; --soft: CanvasText }
-  progress, h1::before { forced-color-adjust: none }
-}
 small { color: var(--soft); font-size: .9rem; font-variant-numeric: tabular-nums }
-.again { display: inline-block; margin-top: 1.4rem; padding: .6em 1.3em; border: 1px solid transparent; border-radius: 8px;
+#bar { height: 4px; margin: 1.5rem 0 .9rem; border-radius: 2px; animation: go 1.6s ease-in-out infinite alternate;
+  background: linear-gradient(var(--warm), var(--warm)) 0 0 / 35% 100% no-repeat var(--line) }
+@keyframes go { to { background-position: 100% 0 } }
+@media (prefers-reduced-motion: reduce) { #bar { animation: none; background-size: 100% 100%; opacity: .6 } }
+#again { margin-top: 1.4rem; padding: .6em 1.3em; border: 1px solid transparent; border-radius: 8px;
   background: var(--warm); color: var(--page); font: inherit; font-weight: 600; text-decoration: none; cursor: pointer }
-.again:focus-visible { outline: 3px solid var(--text); outline-offset: 2px }
-[hidden] { display: none !important }
+#again:not([hidden]) { display: inline-block }
+#again:focus-visible { outline: 3px solid var(--text); outline-offset: 2px }
 </style>
-</head>
-<body>
-<main id="main"%waits>
+<main>
 <div role="status" aria-live="polite"><h1 id="title">%title</h1><p id="text">%text</p></div>
-%rest</main>
-</body>
-</html>
 )html";
 
-// One request is kept open until the target is up: a function whose instance is
-// frozen between requests would not go on starting.
+// One request is kept open until the target is up: an instance that a platform
+// freezes between requests would not go on starting. Each failure but 503 ends
+// the wait, and with it what the Refresh header began.
 inline constexpr std::string_view waiting_part =
-    R"html(<progress id="bar" aria-labelledby="title"></progress>
-<small id="time" aria-hidden="true">%time</small>
-<button id="again" class="again" type="button" hidden>%again</button>
+    R"html(<div id="wait"><div id="bar" role="progressbar" aria-labelledby="title"></div><small id="time" aria-hidden="true">%time</small></div>
+<button id="again" type="button" hidden>%again</button>
 <script>
 (function () {
-  var begin = Date.now() - %seconds * 1000, clock, title = document.title, text;
-  var by = function (id) { return document.getElementById(id); };
-  function tell() { by("time").textContent = "%for".replace("#", Math.round((Date.now() - begin) / 1000)); }
-  function wait() {
-    by("again").hidden = true; by("bar").hidden = by("time").hidden = false; by("main").className = "waits";
-    clock = setInterval(tell, 1000); tell(); ask();
+  function by(id) { return document.getElementById(id); }
+  var title = document.title, text = by("text").textContent, begin = Date.now() - %seconds * 1000;
+  function show(waiting, title, text) {
+    by("wait").hidden = !waiting; by("again").hidden = waiting;
+    by("title").textContent = document.title = title; by("text").textContent = text;
   }
   function ask() {
-    fetch(location.href, { headers: { "Warmproxy-Wait": "1", Accept: "text/plain" }, cache: "no-store" }).then(function (answer) {
-      if (answer.status === 204) return location.reload();
-      return answer.text().then(function (text) {
+    fetch(location.href, { headers: { "Warmproxy-Wait": "1", Accept: "text/plain" }, cache: "no-store" }).then(function (response) {
+      return response.text().then(function (text) {
         if (text.indexOf("warmproxy: ") !== 0) return location.reload();
-        if (answer.status === 503) return void setTimeout(ask, 1000 * answer.headers.get("Retry-After"));
-        clearInterval(clock);
-        by("bar").hidden = by("time").hidden = true; by("again").hidden = false; by("main").className = "";
-        by("title").textContent = document.title = "%failed";
-        by("text").textContent = text.slice(11);
+        if (response.status === 503) return void setTimeout(ask, 1000 * response.headers.get("Retry-After"));
+        window.stop(); show(false, "%failed", text.slice(11));
       });
     }).catch(function () { setTimeout(ask, 1000); });
   }
-  by("again").onclick = function () {
-    begin = Date.now(); by("title").textContent = document.title = title; by("text").textContent = text; wait();
-  };
-  text = by("text").textContent;
-  wait();
+  by("again").onclick = function () { begin = Date.now(); show(true, title, text); ask(); };
+  setInterval(function () { by("time").textContent = "%for".replace("#", Math.round((Date.now() - begin) / 1000)); }, 1000);
+  ask();
 })();
 </script>
 )html";
 
 inline constexpr std::string_view failed_part =
-    R"html(<a class="again" href="" onclick="location.reload(); return false">%again</a>
+    R"html(<a id="again" href="" onclick="location.reload(); return false">%again</a>
 )html";
+
+struct PageTexts {
+  const char *language, *starting, *asleep, *waiting_for, *start_failed,
+      *not_loaded, *try_again;
+};
+inline constexpr PageTexts english = {
+    "en",
+    "Starting up …",
+    "This site was asleep. It will open here by itself in a moment.",
+    "Waiting for # s",
+    "This site could not be started",
+    "This page could not be loaded",
+    "Try again"};
+inline constexpr PageTexts chinese = {
+    "zh",
+    "正在启动……",
+    "网站刚才处于休眠状态，启动完成后会自动打开。",
+    "已等待 # 秒",
+    "网站启动失败",
+    "页面加载失败",
+    "重试"};
+
+inline const PageTexts &page_texts(const RequestHead &request) {
+  const auto language = request.value(FieldName::accept_language);
+  return starts_with_ignore_case(language, "zh") ? chinese : english;
+}
 
 inline std::string escape_html(std::string_view text) {
   std::string out(text);
@@ -2835,1046 +5798,2166 @@ inline std::string escape_html(std::string_view text) {
   return out;
 }
 
-// What leads from an address to itself, without its fragment: with that, a
-// browser would take it for a jump within the page. Relative, since a path may
-// begin with "//".
-inline std::string way_to_itself(std::string_view target) {
-  const auto path = target.substr(0, target.find('?'));
-  const auto slash = path.rfind('/');
-  return slash == path.npos ? std::string()
-                            : concat("./", target.substr(slash + 1));
+// A reference from an address to itself. Not empty: with a fragment in the
+// address, a browser would take that for a jump within the page. Relative,
+// since a path may begin with "//".
+inline std::string self_url(const RequestHead &request) {
+  const auto slash = request.path().rfind('/');
+  return slash == std::string_view::npos
+             ? std::string()
+             : concat("./", request.target.substr(slash + 1));
 }
 
-// `reason` empty: the waiting page, after `waited`.
-inline std::string fill_page(bool chinese, std::string_view target,
-                             std::string_view reason, bool never_started,
-                             std::chrono::seconds waited) {
-  const bool waiting = reason.empty();
-  const auto choose = [chinese](const char *en, const char *zh) {
-    return chinese ? zh : en;
-  };
-  const auto failed = choose("This site could not be started", "网站启动失败");
-  const std::string clock = choose("Waiting for # s", "已等待 # 秒");
-  auto time = clock;
-  replace_all(time, "#", std::to_string(waited.count()));
-  std::string page(page_template);
-  replace_all(page, "%rest", waiting ? waiting_part : failed_part);
-  replace_all(page, "%refresh",
-              waiting ? "<noscript><meta http-equiv=\"refresh\" "
-                        "content=\"2; url=%self\"></noscript>\n"
-                      : "");
-  replace_all(page, "%waits", waiting ? " class=\"waits\"" : "");
-  replace_all(page, "%lang", choose("en", "zh"));
-  replace_all(page, "%title",
-              waiting ? choose("Starting up …", "正在启动……")
-              : never_started
-                  ? failed
-                  : choose("This page could not be loaded", "页面加载失败"));
-  replace_all(page, "%failed", failed);
-  replace_all(page, "%again", choose("Try again", "重试"));
-  replace_all(page, "%for", clock);
-  replace_all(page, "%time", time);
-  replace_all(page, "%seconds", std::to_string(waited.count()));
-  replace_all(page, "%text",
-              waiting ? choose("This site was asleep. It will open here by "
-                               "itself in a moment.",
-                               "网站刚才处于休眠状态，启动完成后会自动打开。")
-                      : escape_html(reason));
-  replace_all(page, "%self", escape_html(way_to_itself(target)));
-  return page;
-}
+struct PageValue {
+  std::string_view key;
+  std::string value;
+};
 
-// A person's browser on its way to a page, and nobody else: where fetch() says
-// what it is for (Fetch Metadata), that decides.
-inline bool Connection::wants_page() const {
-  const auto purpose = request_.value("Sec-Fetch-Dest");
-  return request_.method == "GET" &&
-         contains(request_.value("Accept"), "text/html") &&
-         (purpose.empty() || purpose == "document" || purpose == "iframe");
-}
-
-inline bool Connection::in_chinese() const {
-  return starts_with_same(request_.value("Accept-Language"), "zh");
-}
-
-inline Connection::Step Connection::say(int status, std::string_view reason,
-                                        std::string_view lines,
-                                        std::string_view body,
-                                        std::string_view type) {
-  std::string text(body);
-  if (!reason.empty()) {
-    const bool page = wants_page();
-    text = page ? fill_page(in_chinese(), request_.target, reason, false, {})
-                : concat("warmproxy: ", reason, "\n");
-    type = page ? "text/html; charset=utf-8" : "text/plain; charset=utf-8";
+// In one pass, so that a value may hold what looks like a key.
+inline std::string fill(std::string_view page,
+                        std::initializer_list<PageValue> values) {
+  std::string out;
+  for (;;) {
+    const auto text = until(page, '%');
+    out += text;
+    page.remove_prefix(text.size());
+    if (page.empty()) { return out; }
+    const auto found =
+        std::find_if(values.begin(), values.end(), [page](const auto &v) {
+          return starts_with(page, v.key);
+        });
+    const bool known = found != values.end();
+    out += known ? found->value : "%";
+    page.remove_prefix(known ? found->key.size() : 1);
   }
-  keep_ =
-      request_.keep_alive && request_.framing.done() && !listener_.draining();
-  auto out = down_.head.substr(down_.sent); // of a 1xx, perhaps
-  append(out, "HTTP/1.1 ", std::to_string(status), " ", status_text(status),
-         "\r\n");
-  if (status != 204) {
-    append(out, "Content-Type: ", type,
-           "\r\nContent-Length: ", std::to_string(text.size()), "\r\n");
-  }
-  append(out, "Cache-Control: no-store\r\n", lines);
-  if (!options_.cors_origins.empty()) { write_cors(out); }
-  if (!keep_) {
-    out += "Connection: close\r\n";
-  } else if (request_.minor == 0) {
-    out += "Connection: keep-alive\r\n";
-  }
-  out += "\r\n";
-  if (request_.method != "HEAD") { out += text; }
-  let_go();
-  down_.begin();
-  down_.to = &client_;
-  down_.head = std::move(out);
-  stage_ = Stage::answering;
-  deadline_ = loop_.now() + idle_limit;
-  return Step::again;
 }
 
-inline Connection::Step Connection::send_own_answer() {
-  if (down_.can_push() && !down_.push()) { cut_ = true; }
-  if (down_.pending() && !cut_) {
-    if (loop_.now() < deadline_) { return Step::wait; }
-    cut_ = true; // it does not read
+inline bool wants_page(const RequestHead &request) {
+  if (request.method != "GET") { return false; }
+  const auto purpose = request.value(FieldName::sec_fetch_dest);
+  if (!purpose.empty()) {
+    return purpose == "document" || purpose == "iframe" || purpose == "frame";
   }
-  return finish();
+  // Browsers send Sec-Fetch-Dest over https alone. text/html in Accept is no
+  // sign: feed readers and HTTP libraries have it, too.
+  return request.value(FieldName::upgrade_insecure_requests) == "1" &&
+         contains(request.value(FieldName::accept), "text/html");
 }
 
-inline Connection::Step
-Connection::say_failure(const Supervisor::Result &result) {
-  const auto seconds = (result.retry_after.count() + 999) / 1000;
-  const auto retry =
-      result.status == 502
+inline Reply failure_page(const RequestHead &request, int status,
+                          std::string_view title, std::string_view reason,
+                          std::string lines) {
+  const auto &texts = page_texts(request);
+  return {status, std::move(lines), "text/html; charset=utf-8",
+          fill(concat(page_head, failed_part, "</main>\n"),
+               {{"%lang", texts.language},
+                {"%title", std::string(title)},
+                {"%refresh", {}},
+                {"%text", escape_html(reason)},
+                {"%again", texts.try_again}})};
+}
+
+inline Reply waiting_page(const RequestHead &request, seconds waited) {
+  const auto &texts = page_texts(request);
+  std::string time = texts.waiting_for;
+  replace_all(time, "#", decimal(waited.count()));
+  const auto noscript =
+      concat("<noscript><meta http-equiv=\"refresh\" content=\"2; url=",
+             escape_html(self_url(request)), "\"></noscript>\n");
+  // Where a Content-Security-Policy of a proxy forbids the script, Refresh
+  // moves the page on.
+  return {503, "Retry-After: 2\r\nRefresh: 15\r\n", "text/html; charset=utf-8",
+          fill(concat(page_head, waiting_part, "</main>\n"),
+               {{"%lang", texts.language},
+                {"%title", texts.starting},
+                {"%refresh", noscript},
+                {"%text", texts.asleep},
+                {"%time", time},
+                {"%again", texts.try_again},
+                {"%failed", texts.start_failed},
+                {"%for", texts.waiting_for},
+                {"%seconds", decimal(waited.count())}})};
+}
+
+// ---- Responses: errors, status
+
+inline Reply error_text(int status, std::string_view reason,
+                        std::string lines) {
+  return {status, std::move(lines), "text/plain; charset=utf-8",
+          concat("warmproxy: ", reason, "\n")};
+}
+
+inline Reply error_reply(const RequestHead &request, int status,
+                         std::string_view reason, std::string lines) {
+  return wants_page(request)
+             ? failure_page(request, status, page_texts(request).not_loaded,
+                            reason, std::move(lines))
+             : error_text(status, reason, std::move(lines));
+}
+
+inline Reply start_failure_reply(const RequestHead &request, int status,
+                                 std::string_view reason,
+                                 milliseconds retry_after, seconds) {
+  const auto wait = std::max<milliseconds>(
+      seconds(1), retry_after + milliseconds(999)); // rounded up
+  auto lines =
+      status == 502
           ? std::string()
           : concat("Retry-After: ",
-                   std::to_string(std::max<long long>(1, seconds)), "\r\n");
-  if (wants_page()) {
-    const auto page = fill_page(
-        in_chinese(), request_.target, result.reason, true,
-        std::chrono::duration_cast<std::chrono::seconds>(result.waited));
-    return say(result.status, {}, retry, page, "text/html; charset=utf-8");
-  }
-  return say(result.status, result.reason, retry);
+                   decimal(std::chrono::duration_cast<seconds>(wait).count()),
+                   "\r\n");
+  return wants_page(request)
+             ? failure_page(request, status, page_texts(request).start_failed,
+                            reason, std::move(lines))
+             : error_text(status, reason, std::move(lines));
 }
 
-// JSON, or what Prometheus reads.
-inline Connection::Step Connection::say_status() {
-  const auto status = [this] {
-    auto s = listener_.supervisor.status();
-    s.connections = listener_.connections();
-    return s;
-  }();
-  const auto up = in_seconds(status.up_for),
-             last = in_seconds(status.last_start);
-  const auto number = [](auto n) { return std::to_string(n); };
+inline Reply preflight_reply() { return {204, {}, {}, {}}; }
+
+inline Reply ping_reply() {
+  return {200, {}, "text/plain; charset=utf-8", "OK"};
+}
+
+inline bool is_preflight(const RequestHead &request, const Config &config) {
+  return !config.cors_origins.empty() && request.method == "OPTIONS" &&
+         request.find(FieldName::origin) &&
+         request.find(FieldName::access_control_request_method);
+}
+
+// An entry of the status, as JSON has it and, unless `metric` is empty, as a
+// metric.
+struct StatusEntry {
+  std::string_view key;
+  std::string json;
+  std::string_view metric, type, help;
+};
+
+inline std::vector<StatusEntry> status_entries(const Status &status) {
+  return {
+      {"state", json_string(status.state), "target_up", "gauge",
+       "Whether the target is up."},
+      {"pid", decimal(status.pid), {}, {}, {}},
+      {"port", decimal(status.port), {}, {}, {}},
+      {"starts", decimal(status.starts), "target_starts_total", "counter",
+       "Starts of the target."},
+      {"last_exit", json_string(status.last_exit), {}, {}, {}},
+      {"up_seconds", in_seconds(status.up_for), "target_uptime_seconds",
+       "gauge", "Time since the target became ready; 0 while it is not up."},
+      {"last_start_seconds", in_seconds(status.last_start),
+       "target_last_start_duration_seconds", "gauge",
+       "Duration of the last successful start."},
+      {"requests", decimal(status.requests), "requests_total", "counter",
+       "Requests sent to the target."},
+      {"in_flight", decimal(status.in_flight), "requests_in_flight", "gauge",
+       "Requests, streams and tunnels that the target serves."},
+      {"connections", decimal(status.connections), "client_connections",
+       "gauge", "Open client connections."},
+  };
+}
+
+inline Reply metrics_reply(const Status &status) {
   std::string out;
-  if (contains(request_.value("Accept"), "version=0.0.4") ||
-      ends_with(request_.target, "format=prometheus")) {
-    const auto metric = [&out](std::string_view name, std::string_view type,
-                               std::string_view help, std::string_view value) {
-      append(out, "# HELP warmproxy_", name, " ", help, "\n# TYPE warmproxy_",
-             name, " ", type, "\nwarmproxy_", name, " ", value, "\n");
-    };
-    metric("target_up", "gauge", "Whether the target is up.",
-           status.state == "up" ? "1" : "0");
-    metric("target_uptime_seconds", "gauge",
-           "Time since the target came up, 0 while it is not.", up);
-    metric("target_last_start_duration_seconds", "gauge",
-           "How long the last good start took.", last);
-    metric("target_starts_total", "counter", "Starts of the target.",
-           number(status.starts));
-    metric("requests_total", "counter", "Requests handed to the target.",
-           number(status.requests));
-    metric("requests_in_flight", "gauge",
-           "Requests, streams and tunnels with the target.",
-           number(status.in_flight));
-    metric("client_connections", "gauge", "Open connections of clients.",
-           number(status.connections));
-    return say(200, {}, {}, out, "text/plain; version=0.0.4; charset=utf-8");
+  for (const auto &entry : status_entries(status)) {
+    if (entry.metric.empty()) { continue; }
+    const auto value = entry.key != "state"   ? entry.json
+                       : status.state == "up" ? "1"
+                                              : "0";
+    append(out, "# HELP warmproxy_", entry.metric, " ", entry.help,
+           "\n# TYPE warmproxy_", entry.metric, " ", entry.type, "\nwarmproxy_",
+           entry.metric, " ", value, "\n");
   }
-  append(
-      out, "{\"state\":\"", status.state, "\",\"pid\":", number(status.pid),
-      ",\"port\":", number(status.port), ",\"starts\":", number(status.starts),
-      ",\"last_exit\":", json_string(status.last_exit), ",\"up_seconds\":", up);
-  append(out, ",\"last_start_seconds\":", last,
-         ",\"requests\":", number(status.requests),
-         ",\"in_flight\":", number(status.in_flight),
-         ",\"connections\":", number(status.connections), "}\n");
-  return say(200, {}, {}, out, "application/json");
+  return {200, {}, "text/plain; version=0.0.4; charset=utf-8", std::move(out)};
 }
 
-/*
- * Supervisor: what requests see of it
- */
-
-inline Lease::~Lease() {
-  if (owner) { owner->release(); }
-}
-
-inline std::string Lease::timing() const {
-  if (!waited.count()) { return {}; }
-  return concat("Server-Timing: warmproxy;desc=\"cold start\";dur=",
-                in_ms(waited), ", warmproxy-spawn;dur=", in_ms(spawning),
-                ", warmproxy-ready;dur=", in_ms(readying), "\r\n");
-}
-
-inline Supervisor::Supervisor(const Options &options, const Log &log)
-    : options_(options), log_(log), port_(options.target_port) {
-  if (!make_wake_pipe(wake_read_, wake_write_)) {
-    throw std::system_error(errno, std::generic_category(), "pipe");
+inline Reply status_reply(const RequestHead &request, const Status &status) {
+  if (contains(request.value(FieldName::accept), "version=0.0.4") ||
+      ends_with(request.target, "format=prometheus")) {
+    return metrics_reply(status);
   }
-  ::getrlimit(RLIMIT_NOFILE, &files_);
-  thread_ = std::thread([this] { run(); });
-}
-
-inline Supervisor::~Supervisor() {
-  quit();
-  thread_.join();
-}
-
-inline void Supervisor::quit() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  quit_ = true;
-  changed();
-  wake();
-}
-
-inline void Supervisor::wake() { write_wake(wake_write_); }
-
-inline Supervisor::Result Supervisor::acquire(Lease &lease,
-                                              Clock::time_point until) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const bool waits = lease.since != Clock::time_point{};
-  Result result;
-  if (state_ != State::up) {
-    const auto now = Clock::now();
-    if (!waits) {
-      lease.since = now;
-      lease.failures = failures_;
-    }
-    result.waited = now - lease.since;
-    if (quit_) {
-      result.status = 503;
-      result.reason = "shutting down";
-    } else if (failures_ != lease.failures) {
-      result.status = failure_.status;
-      result.reason = failure_.reason;
-      result.retry_after = pause_;
-    } else if (state_ != State::starting && !wanted_ && now < not_before_) {
-      result.status = 503;
-      result.reason =
-          concat(failure_.reason, "; it is started again in a moment");
-      result.retry_after =
-          std::chrono::duration_cast<milliseconds>(not_before_ - now);
-    } else if (now >= until) {
-      result.status = 503; // and no reason: it is the waiting page that is due
-      result.retry_after = std::chrono::seconds(2);
-      if (state_ == State::starting) { result.waited = now - started_; }
-    } else {
-      result.pending = true;
-      if (state_ != State::starting && !std::exchange(wanted_, true)) {
-        wake();
-      }
-    }
-    return result;
+  std::string out;
+  for (const auto &entry : status_entries(status)) {
+    append(out, out.empty() ? "{\"" : ",\"", entry.key, "\":", entry.json);
   }
-  ++in_flight_;
-  ++requests_;
-  lease.owner = this;
-  lease.generation = generation_;
-  lease.port = port_;
-  lease.ipv6 = ipv6_;
-  if (proof_ && Clock::now() - proved_ < fresh_limit) {
-    lease.proof = std::move(proof_);
+  return {200, {}, "application/json", out + "}\n"};
+}
+
+// ---- Responses: on the wire
+
+inline std::string_view status_text(int status) {
+  static constexpr std::pair<int, std::string_view> known[] = {
+      {200, "OK"},
+      {201, "Created"},
+      {202, "Accepted"},
+      {204, "No Content"},
+      {301, "Moved Permanently"},
+      {302, "Found"},
+      {303, "See Other"},
+      {304, "Not Modified"},
+      {307, "Temporary Redirect"},
+      {308, "Permanent Redirect"},
+      {400, "Bad Request"},
+      {401, "Unauthorized"},
+      {403, "Forbidden"},
+      {404, "Not Found"},
+      {405, "Method Not Allowed"},
+      {408, "Request Timeout"},
+      {413, "Content Too Large"},
+      {429, "Too Many Requests"},
+      {431, "Request Header Fields Too Large"},
+      {500, "Internal Server Error"},
+      {501, "Not Implemented"},
+      {502, "Bad Gateway"},
+      {503, "Service Unavailable"},
+      {504, "Gateway Timeout"},
+      {505, "HTTP Version Not Supported"},
+  };
+  for (const auto &[code, text] : known) {
+    if (code == status) { return text; }
   }
-  if (waits) {
-    lease.waited = Clock::now() - lease.since;
-    lease.spawning = spawning_;
-    lease.readying = readying_;
+  return {}; // it may be empty: RFC 9112, section 4
+}
+
+// RFC 9110, section 5.6.7; not by strftime(), which depends on the locale.
+inline std::string http_date(std::time_t time) {
+  static constexpr char days[][4] = {"Sun", "Mon", "Tue", "Wed",
+                                     "Thu", "Fri", "Sat"};
+  static constexpr char months[][4] = {"Jan", "Feb", "Mar", "Apr",
+                                       "May", "Jun", "Jul", "Aug",
+                                       "Sep", "Oct", "Nov", "Dec"};
+  std::tm utc{};
+  ::gmtime_r(&time, &utc);
+  char text[64];
+  std::snprintf(text, sizeof(text), "%s, %02d %s %d %02d:%02d:%02d GMT",
+                days[utc.tm_wday], utc.tm_mday, months[utc.tm_mon],
+                utc.tm_year + 1900, utc.tm_hour, utc.tm_min, utc.tm_sec);
+  return text;
+}
+
+inline bool has_line(std::string_view lines, std::string_view name) {
+  std::string_view line;
+  while (take_line(lines, line) != LineEnd::none) {
+    if (equals_ignore_case(until(line, ':'), name)) { return true; }
   }
-  return result;
-}
-
-inline void Supervisor::release() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  last_use_ = Clock::now();
-  --in_flight_;
-}
-
-inline bool Supervisor::is_up(std::uint64_t generation) const {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  return state_ == State::up && generation_ == generation;
-}
-
-inline void Supervisor::on_change(std::function<void()> tell) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  tell_ = std::move(tell);
-}
-
-// Under mutex_, whenever those who wait have reason to look again.
-inline void Supervisor::changed() {
-  if (tell_) { tell_(); }
-}
-
-inline void Supervisor::suspect(const Lease &lease) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (state_ != State::up || lease.generation != generation_) { return; }
-  state_ = State::starting;
-  suspected_ = true;
-  wake();
-}
-
-inline void Supervisor::warm() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (!std::exchange(wanted_, true)) { wake(); }
-}
-
-inline Status Supervisor::status() const {
-  using std::chrono::duration_cast;
-  static constexpr const char *names[] = {"cold", "starting", "up", "stopping"};
-  const std::lock_guard<std::mutex> lock(mutex_);
-  Status status;
-  status.state = names[static_cast<int>(state_)];
-  status.pid = state_ == State::cold ? 0 : static_cast<long>(pid_);
-  status.port = port_;
-  status.starts = starts_;
-  status.last_exit = last_exit_;
-  if (state_ == State::up) {
-    status.up_for = duration_cast<milliseconds>(Clock::now() - up_since_);
-  }
-  status.last_start = duration_cast<milliseconds>(spawning_ + readying_);
-  status.requests = requests_;
-  status.in_flight = in_flight_;
-  return status;
-}
-
-/*
- * Supervisor: the thread
- */
-
-inline void Supervisor::run() {
-  Lock lock(mutex_);
-  while (!quit_) {
-    if (!wanted_) {
-      nap(lock, Clock::time_point::max());
-      continue;
-    }
-    if (start(lock)) { watch(lock); }
-    end(lock);
-  }
-}
-
-// cold -> starting -> up, or a failure that all who wait are told.
-inline bool Supervisor::start(Lock &lock) {
-  state_ = State::starting;
-  wanted_ = suspected_ = false;
-  ++starts_;
-  spawning_ = readying_ = {};
-  exit_.clear();
-  const auto began = started_ = Clock::now();
-  port_ = options_.target_port ? options_.target_port : free_port();
-  lock.unlock();
-
-  std::string error;
-  Descriptor found;
-  if (options_.target_port) { found = reach(); }
-  const bool running = static_cast<bool>(found);
-  const bool spawned = !running && spawn(error);
-  if (spawned) {
-    log_(concat("target started (pid ", std::to_string(pid_), ", port ",
-                std::to_string(port_), ")"));
-  } else if (running) {
-    log_(concat("port ", std::to_string(port_),
-                " is served already: using that, starting nothing"));
-  }
-
-  lock.lock();
-  if (!running && !spawned) {
-    fail(lock, 502, concat("the target cannot be started: ", error));
-    return false;
-  }
-  spawning_ = Clock::now() - began;
-  if (!prove(lock, true, began + options_.startup_timeout, std::move(found))) {
-    return false;
-  }
-  up_since_ = last_use_ = Clock::now();
-  readying_ = up_since_ - began - spawning_;
-  ++generation_;
-  state_ = State::up;
-  changed();
-  lock.unlock();
-  log_(concat("target up in ", in_seconds(spawning_ + readying_), " s (",
-              pid_ ? concat("pid ", std::to_string(pid_), ", ") : "", "port ",
-              std::to_string(port_), ")"));
-  lock.lock();
-  return true;
-}
-
-// Waits until the target answers; or, when it had been up and then refused a
-// connection, until it takes one again or is dead.
-inline bool Supervisor::prove(Lock &lock, bool starting,
-                              Clock::time_point deadline,
-                              Descriptor connection) {
-  const auto began = Clock::now();
-  std::string seen = "nothing";
-  for (;;) {
-    if (quit_) { return false; }
-    if (exited()) {
-      if (starting) {
-        fail(lock, 502, concat("the target ", exit_, " before it was up"));
-      }
-      return false;
-    }
-    if (Clock::now() >= deadline) {
-      fail(lock, 504,
-           concat("the target was not up within ",
-                  in_seconds(options_.startup_timeout),
-                  " s; it was last seen: ", seen));
-      return false;
-    }
-    lock.unlock();
-    if (!connection) { connection = reach(); }
-    const int error = errno;
-    const bool connected = static_cast<bool>(connection);
-    if (!connected) {
-      seen = concat("port ", std::to_string(port_), ": ", std::strerror(error));
-    }
-    const bool good = connected && (!starting || options_.health_path.empty() ||
-                                    probe(connection, deadline, seen));
-    // When it is us who lack something, that says nothing about the target.
-    const bool unclear =
-        !connected && !starting && error != ECONNREFUSED && error != ETIMEDOUT;
-    lock.lock();
-    if (good || unclear) {
-      // The connection that proved it is the first one used.
-      if (connection) {
-        proof_ = std::move(connection);
-        proved_ = Clock::now();
-      }
-      return true;
-    }
-    connection.reset();
-    if (!pid_ && !connected) { return false; } // not ours, and gone
-    // A refused connect costs 15 us, so looking every 250 us takes 6 % of a
-    // core, and soon less; never is it 2 ms late. A question that was answered
-    // with "not yet" costs the target much more.
-    using std::chrono::microseconds;
-    const auto elapsed =
-        std::chrono::duration_cast<microseconds>(Clock::now() - began);
-    nap(lock,
-        Clock::now() +
-            (connected
-                 ? std::clamp<microseconds>(elapsed / 50, microseconds(5000),
-                                            microseconds(200000))
-                 : std::clamp<microseconds>(elapsed / 2000, microseconds(250),
-                                            microseconds(2000))));
-  }
-}
-
-inline Descriptor Supervisor::reach() {
-  int error = 0;
-  // Whose backlog is full is asked anew sooner than the kernel would.
-  for (auto patience = milliseconds(20); patience < milliseconds(20000);
-       patience *= 2) {
-    for (const bool ipv6 : {false, true}) { // "localhost" is either
-      auto connection = connect_to_target(ipv6, port_, patience);
-      if (connection) {
-        ipv6_ = ipv6;
-        return connection;
-      }
-      if (!ipv6) { error = errno; }
-    }
-    if (error != ETIMEDOUT) { break; }
-  }
-  errno = error;
-  return {};
-}
-
-// Asks for health_path. Sets `seen` to what went wrong; leaves `connection`
-// there if it can be used again.
-inline bool Supervisor::probe(Descriptor &connection,
-                              Clock::time_point deadline, std::string &seen) {
-  // Long enough for the slowest first page, since it grows with the wait; and a
-  // question that got lost in the boot is asked anew.
-  const auto patience = std::max<Clock::duration>(std::chrono::seconds(1),
-                                                  Clock::now() - started_);
-  const auto limit = std::min(deadline, Clock::now() + patience);
-  const auto authority =
-      concat(ipv6_ ? "[::1]:" : "127.0.0.1:", std::to_string(port_));
-  std::string path = options_.health_path;
-  Pages pages;
-  Block block(pages);
-  Head answer;
-  bool more = false;
-  // Prometheus, and others, send `/` on to a page that answers 503 until they
-  // are ready: what counts is where a browser would end.
-  for (int hops = 0; hops < 5; ++hops) {
-    const auto request = concat("GET ", path, " HTTP/1.1\r\nHost: ", authority,
-                                "\r\nUser-Agent: warmproxy/", WARMPROXY_VERSION,
-                                "\r\nAccept: */*\r\n\r\n");
-    if (::send(connection.get(), request.data(), request.size(), 0) < 0) {
-      seen = concat("no answer to GET ", path);
-      return false;
-    }
-    block.clear();
-    std::string text;
-    for (;;) {
-      if (const auto end = head_end(block.view())) {
-        text = std::string(block.view().substr(0, end));
-        block.consume(end);
-        if (parse_response(text, "GET", answer).status) {
-          seen = concat("a malformed answer to GET ", path);
-          return false;
-        }
-        if (answer.status >= 200) { break; }
-        continue;
-      }
-      if (!nap(limit, connection.get())) {
-        if (Clock::now() < limit && !quit_ && !exited()) { continue; }
-        // When it is the whole start whose time is over, an earlier answer says
-        // more than this silence.
-        if (limit < deadline || !contains(seen, "answered")) {
-          seen = concat("no answer to GET ", path);
-        }
-        return false;
-      }
-      const auto n = block.receive(connection.get(), more);
-      if (n == 0 || (n < 0 && !would_block(errno)) || block.full()) {
-        seen = concat("no answer to GET ", path);
-        return false;
-      }
-    }
-    // What is left of the answer is mostly there. If it is not, or if it is
-    // large, the connection is not worth the wait.
-    answer.framing.take(block.view());
-    const auto rest = Clock::now() + milliseconds(2);
-    while (!answer.framing.done() && !answer.framing.malformed() &&
-           nap(rest, connection.get())) {
-      block.clear();
-      if (block.receive(connection.get(), more) <= 0) { break; }
-      answer.framing.take(block.view());
-    }
-    if (!answer.framing.done() || !answer.keep_alive) { connection.reset(); }
-
-    auto location = answer.value("Location");
-    if (const auto own = concat("http://", authority);
-        starts_with(location, own)) {
-      location.remove_prefix(own.size());
-    }
-    const bool here =
-        starts_with(location, "/") && !starts_with(location, "//");
-    if (answer.status < 300 || answer.status > 399 || !here) { break; }
-    path = location.substr(0, location.find('#'));
-    if (!connection) {
-      connection = connect_to_target(ipv6_, port_, milliseconds(1000));
-    }
-    if (!connection) { break; }
-  }
-  if (answer.status < 500) { return true; }
-  seen = concat("GET ", path, " answered ", std::to_string(answer.status));
   return false;
 }
 
-inline void Supervisor::watch(Lock &lock) {
-  while (!quit_) {
-    if (exited()) {
-      const auto lived = Clock::now() - up_since_;
-      // One that dies again and again as soon as it is up is not restarted any
-      // faster than one that cannot start; the first time may be chance.
-      const bool at_once = lived < milliseconds(250);
-      if (!at_once) { pause_ = milliseconds(0); }
-      not_before_ = Clock::now() + pause_;
-      if (at_once) { pause_ = next_pause(); }
-      failure_.reason = concat("the target ", exit_);
-      state_ = State::stopping;
-      lock.unlock();
-      log_(concat("target ", exit_, " after ", in_seconds(lived),
-                  " s; the next request starts it again"));
-      lock.lock();
-      return;
+inline void write_reply(const Reply &reply, const RequestHead &request,
+                        const Config &config, bool keep_alive,
+                        std::string &out) {
+  append(out, "HTTP/1.1 ", decimal(reply.status), " ",
+         status_text(reply.status), "\r\n");
+  if (!has_line(reply.lines, "Date")) {
+    append_field(out, "Date", http_date(std::time(nullptr)));
+  }
+  const bool has_body = reply.status != 204 && reply.status != 304;
+  if (has_body) {
+    if (!reply.type.empty()) { append_field(out, "Content-Type", reply.type); }
+    append_field(out, "Content-Length", decimal(reply.body.size()));
+  }
+  if (!has_line(reply.lines, "Cache-Control")) {
+    append_field(out, "Cache-Control", "no-store");
+  }
+  out += reply.lines;
+  write_cors(request, config, out);
+  if (!keep_alive) {
+    append_field(out, "Connection", "close");
+  } else if (request.minor == 0) {
+    append_field(out, "Connection", "keep-alive");
+  }
+  out += "\r\n";
+  if (has_body && request.method != "HEAD") { out += reply.body; }
+}
+// ---- Routes: the seam to cpp-httplib
+// -----------------------------------------
+
+// A client's connection, lent to an own route for one request. The lender keeps
+// the descriptor open until the loan is returned.
+struct Loan {
+  // Filled in by the lender:
+  int fd = -1;
+  std::string head;     // the request head, as own routes see it
+  std::string received; // bytes behind the head that have arrived already
+  std::string method;
+  Framing request;             // of the request's body
+  bool keep_alive = false;     // whether the client's connection may be kept
+  int minor = 1;               // of the client's HTTP/1.x
+  std::string keep_alive_line; // what is announced to the client if it is kept
+  std::string client_address, local_address;
+  int client_port = 0, local_port = 0;
+
+  // When it is returned: `received` holds what came behind the request, and
+  // `keep_alive` says whether the connection is still good for the next one.
+};
+
+// What cpp-httplib reads a request from and writes its response to. Reads end
+// where the request does, whatever the handler or the parser left of it. The
+// response's head gets our Connection lines.
+class LoanStream : public httplib::Stream {
+public:
+  LoanStream(Loan &loan, int null_device)
+      : loan_(loan), null_device_(null_device), socket_{loan.fd, 0, 0} {}
+
+  // Whether both messages were complete, so that the next can follow.
+  bool is_complete() const {
+    return loan_.request.done() && responding_ && response_.done() && !broken_;
+  }
+  bool keeps_alive() const { return keeps_alive_; }
+
+  // Stream's virtual functions, which differ between versions: hence all of
+  // them, and no `override`.
+  bool is_readable() const { return !broken_; }
+  bool is_writable() const { return !broken_; }
+  bool wait_readable() const { return !broken_; }
+  bool wait_writable() const { return !broken_; }
+  bool is_peer_alive() const { return !broken_; }
+  ssize_t read(char *data, std::size_t size);
+  ssize_t write(const char *data, std::size_t size);
+  void get_remote_ip_and_port(std::string &ip, int &port) const {
+    ip = loan_.client_address;
+    port = loan_.client_port;
+  }
+  void get_local_ip_and_port(std::string &ip, int &port) const {
+    ip = loan_.local_address;
+    port = loan_.local_port;
+  }
+  // cpp-httplib up to 0.18 refuses descriptors that select(2) cannot take, and
+  // only looks at this one.
+  socket_t socket() const {
+    return loan_.fd < FD_SETSIZE ? loan_.fd : null_device_;
+  }
+  time_t duration() const { return 0; }
+  void set_read_timeout(time_t, time_t = 0) {}
+
+private:
+  bool wait(short events);
+  bool receive();
+  bool send_all(std::string_view bytes);
+  bool send_head();
+  void count(std::string_view body);
+
+  Loan &loan_;
+  const int null_device_;
+  pollfd socket_;
+  std::size_t head_read_ = 0; // of loan_.head
+  std::string head_;          // of the response, while it is not complete
+  Framing response_;
+  bool responding_ = false; // the final head has been sent
+  bool keeps_alive_ = false;
+  bool broken_ = false;
+};
+
+inline bool LoanStream::wait(short events) {
+  socket_.events = events;
+  const auto deadline = after(milliseconds(WARMPROXY_SEND_TIMEOUT));
+  while (!broken_ && !wait_for(&socket_, 1, deadline)) {
+    broken_ = RunningClock::now() >= deadline;
+  }
+  return !broken_;
+}
+
+inline ssize_t LoanStream::read(char *data, std::size_t size) {
+  if (head_read_ < loan_.head.size()) {
+    const auto n = loan_.head.copy(data, size, head_read_);
+    head_read_ += n;
+    return static_cast<ssize_t>(n);
+  }
+  if (loan_.request.done()) { return 0; }
+  if (loan_.received.empty() && !receive()) { return -1; }
+  const auto n =
+      loan_.request.take(std::string_view(loan_.received).substr(0, size));
+  loan_.received.copy(data, n);
+  loan_.received.erase(0, n);
+  broken_ |= loan_.request.malformed();
+  return n ? static_cast<ssize_t>(n) : -1;
+}
+
+inline bool LoanStream::receive() {
+  while (wait(POLLIN)) {
+    char bytes[16384];
+    const auto n = ::recv(loan_.fd, bytes, sizeof(bytes), MSG_DONTWAIT);
+    if (n > 0) {
+      loan_.received.assign(bytes, static_cast<std::size_t>(n));
+      return true;
     }
-    if (suspected_) {
-      suspected_ = false;
-      proof_.reset();
-      if (!prove(lock, false, Clock::now() + options_.startup_timeout, {})) {
-        if (exited()) { continue; }
-        return;
-      }
-      state_ = State::up;
-      changed();
+    broken_ = n == 0 || !would_block(errno);
+  }
+  return false;
+}
+
+inline ssize_t LoanStream::write(const char *data, std::size_t size) {
+  const std::string_view bytes(data, size);
+  if (responding_) {
+    count(bytes);
+    return send_all(bytes) ? static_cast<ssize_t>(size) : -1;
+  }
+  head_ += bytes;
+  while (!responding_ && head_end(head_)) {
+    if (!send_head()) { return -1; }
+  }
+  if (responding_ && !head_.empty()) { // the beginning of the body
+    count(head_);
+    if (!send_all(std::exchange(head_, {}))) { return -1; }
+  }
+  return static_cast<ssize_t>(size);
+}
+
+inline void LoanStream::count(std::string_view body) {
+  broken_ |= response_.take(body) < body.size();
+}
+
+inline bool LoanStream::send_all(std::string_view bytes) {
+  while (!bytes.empty() && !broken_) {
+    const auto n = ::send(loan_.fd, bytes.data(), bytes.size(),
+                          MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (n > 0) {
+      bytes.remove_prefix(static_cast<std::size_t>(n));
+    } else if (would_block(errno)) {
+      wait(POLLOUT);
+    } else {
+      broken_ = true;
     }
-    const auto now = Clock::now();
-    if (now - proved_ >= fresh_limit) { proof_.reset(); }
-    auto next = proof_ ? proved_ + fresh_limit : Clock::time_point::max();
-    if (options_.idle_stop.count() && pid_) {
-      if (in_flight_) { last_use_ = now; }
-      if (now - last_use_ >= options_.idle_stop) {
-        pause_ = milliseconds(0);
-        state_ = State::stopping;
-        lock.unlock();
-        log_(concat("target stopped: nothing to do for ",
-                    in_seconds(options_.idle_stop), " s"));
-        lock.lock();
-        return;
-      }
-      // A request that ends meanwhile moves last_use_, never back: what we
-      // find then is when to look again.
-      next = std::min(next, last_use_ + options_.idle_stop);
+  }
+  return !broken_;
+}
+
+// cpp-httplib announces its own keep-alive limits, which are not ours.
+inline bool LoanStream::send_head() {
+  const auto end = head_end(head_);
+  ResponseHead response;
+  if (parse_response(head_.substr(0, end), loan_.method, response)) {
+    broken_ = true;
+    return false;
+  }
+  head_.erase(0, end);
+  responding_ = response.status >= 200;
+  response_ = response.framing;
+  keeps_alive_ =
+      loan_.keep_alive && loan_.request.done() &&
+      response_.mode() != Framing::Mode::until_close &&
+      (loan_.minor == 1 || response_.mode() != Framing::Mode::chunked);
+  std::string out = concat("HTTP/1.1 ", response.reason, "\r\n");
+  for (const auto &field : response.fields) {
+    if (!response.is_hop_by_hop(field)) { append(out, field.line, "\r\n"); }
+  }
+  if (responding_) {
+    append(out, keeps_alive_ ? loan_.keep_alive_line : "Connection: close\r\n");
+  }
+  return send_all(out += "\r\n");
+}
+
+// The server of one prefix, which serves single requests on lent connections.
+class RouteServer : public httplib::Server {
+public:
+  explicit RouteServer(std::string p) : prefix(std::move(p)) {}
+  ~RouteServer() override { stop_pool(); }
+
+  void start_pool(int null_device) {
+    svr_sock_ = null_device; // unset, content providers would end at once
+    pool_.reset(new_task_queue());
+  }
+  // Has the streams of content providers end.
+  void abort() { svr_sock_ = INVALID_SOCKET; }
+  void stop_pool() {
+    abort();
+    if (pool_) { pool_->shutdown(); }
+    pool_.reset();
+  }
+  bool run(std::function<void()> job) {
+    return pool_ && enqueue(*pool_, std::move(job), 0);
+  }
+  void serve(Loan &loan, int null_device);
+
+  const std::string prefix;
+
+private:
+  // enqueue() returns whether it took the job from 0.15.0 on.
+  template <typename Queue>
+  static auto enqueue(Queue &queue, std::function<void()> job, int)
+      -> decltype(static_cast<bool>(queue.enqueue(std::move(job)))) {
+    return queue.enqueue(std::move(job));
+  }
+  template <typename Queue>
+  static bool enqueue(Queue &queue, std::function<void()> job, long) {
+    queue.enqueue(std::move(job));
+    return true;
+  }
+
+  // The arguments of process_request() changed in 0.18.0.
+  template <typename S>
+  auto process(S &stream, const Loan &loan, bool &closed, int)
+      -> decltype(this->process_request(stream, loan.client_address,
+                                        loan.client_port, loan.local_address,
+                                        loan.local_port, true, closed,
+                                        nullptr)) {
+    return this->process_request(stream, loan.client_address, loan.client_port,
+                                 loan.local_address, loan.local_port, true,
+                                 closed, nullptr);
+  }
+  template <typename S>
+  auto process(S &stream, const Loan &, bool &closed, long)
+      -> decltype(this->process_request(stream, true, closed, nullptr)) {
+    return this->process_request(stream, true, closed, nullptr);
+  }
+
+  std::unique_ptr<httplib::TaskQueue> pool_;
+};
+
+inline void RouteServer::serve(Loan &loan, int null_device) {
+  LoanStream stream(loan, null_device);
+  bool closed = false, complete = false;
+  try {
+    complete = process(stream, loan, closed, 0);
+  } catch (...) {} // of a handler, where cpp-httplib does not catch it
+  loan.keep_alive = complete && stream.keeps_alive() && stream.is_complete();
+}
+
+// All own routes of a Proxy.
+class OwnRoutes {
+public:
+  OwnRoutes() : null_device_(::open("/dev/null", O_RDWR | O_CLOEXEC)) {
+    if (!null_device_) {
+      throw std::system_error(errno, std::generic_category(), "/dev/null");
     }
-    nap(lock, next);
+  }
+
+  // Throws std::invalid_argument.
+  httplib::Server &at(const std::string &prefix);
+  // The one with the longest prefix, or null.
+  RouteServer *find(std::string_view path) const;
+
+  // Thread pools exist between these two.
+  void start() {
+    for (const auto &server : servers_) {
+      server->start_pool(null_device_.get());
+    }
+  }
+  void stop() {
+    for (const auto &server : servers_) {
+      server->stop_pool();
+    }
+  }
+  // Has the streams of content providers end.
+  void abort() {
+    for (const auto &server : servers_) {
+      server->abort();
+    }
+  }
+  // Serves the loan on a thread of the pool, which calls `returned` at the end.
+  // False if the pool refuses it. To end it early, shut its descriptor down.
+  bool lend(RouteServer &server, std::shared_ptr<Loan> loan,
+            std::function<void()> returned) {
+    return server.run([this, &server, loan = std::move(loan),
+                       returned = std::move(returned)] {
+      server.serve(*loan, null_device_.get());
+      returned();
+    });
+  }
+
+private:
+  const Descriptor null_device_;
+  std::vector<std::unique_ptr<RouteServer>> servers_;
+};
+
+inline httplib::Server &OwnRoutes::at(const std::string &prefix) {
+  const auto path = normalized_prefix(prefix);
+  if (path.empty() || has_control(path)) {
+    throw std::invalid_argument(concat("warmproxy: Proxy::routes: prefix \"",
+                                       printable(prefix),
+                                       "\" is not a path below \"/\""));
+  }
+  for (const auto &server : servers_) {
+    if (server->prefix == path) { return *server; }
+  }
+  return *servers_.emplace_back(std::make_unique<RouteServer>(path));
+}
+
+inline RouteServer *OwnRoutes::find(std::string_view path) const {
+  RouteServer *found = nullptr;
+  for (const auto &server : servers_) {
+    if (is_below(path, server->prefix) &&
+        (!found || server->prefix.size() > found->prefix.size())) {
+      found = server.get();
+    }
+  }
+  return found;
+}
+
+// ---- Routes: the pre-routing handler
+
+inline std::string percent_decode(std::string_view text) {
+  const auto value = [](char c) {
+    const std::string_view digits = "0123456789abcdef";
+    return digits.find(to_lower(c));
+  };
+  std::string out;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    const bool escaped = text[i] == '%' && i + 2 < text.size() &&
+                         value(text[i + 1]) < 16 && value(text[i + 2]) < 16;
+    out += escaped
+               ? static_cast<char>(value(text[i + 1]) * 16 + value(text[i + 2]))
+               : text[i];
+    i += escaped ? 2 : 0;
+  }
+  return out;
+}
+
+// The request as the handler sees it. process_request() is of no use here: it
+// answers methods and header values that it does not know by itself.
+inline httplib::Request routing_request(const RequestHead &head,
+                                        const Forwarding &forwarding) {
+  httplib::Request request;
+  request.method = head.method;
+  request.target = head.target;
+  request.path = percent_decode(head.path());
+  request.version = head.minor ? "HTTP/1.1" : "HTTP/1.0";
+  if (const auto query = head.target.find('?'); query != head.target.npos) {
+    httplib::detail::parse_query_text(
+        std::string(head.target.substr(query + 1)), request.params);
+  }
+  std::string text;
+  write_own_request_head(head, forwarding, text);
+  RequestHead seen;
+  parse_request(std::move(text), seen);
+  for (const auto &field : seen.fields) {
+    request.headers.emplace(field.name, field.value);
+  }
+  return request;
+}
+
+// The reply of a handler that has handled the request, or nothing.
+inline std::optional<Reply>
+call_pre_routing_handler(const httplib::Server::HandlerWithResponse &handler,
+                         const httplib::Request &request, const Log &log) {
+  httplib::Response response;
+  try {
+    if (handler(request, response) !=
+        httplib::Server::HandlerResponse::Handled) {
+      return {};
+    }
+  } catch (const std::exception &error) {
+    log(concat("pre-routing handler failed: ", error.what()));
+    return Reply{500, {}, {}, {}};
+  } catch (...) { return Reply{500, {}, {}, {}}; }
+  if (response.content_provider_) {
+    log("pre-routing handler failed: content providers are not supported");
+    return Reply{500, {}, {}, {}};
+  }
+  Reply reply{response.status > 0 ? response.status : 200, {}, {}, {}};
+  for (const auto &[name, value] : response.headers) {
+    if (equals_ignore_case(name, "Content-Type")) {
+      reply.type = value;
+    } else if (!equals_ignore_case(name, "Content-Length")) {
+      append(reply.lines, name, ": ", value, "\r\n");
+    }
+  }
+  reply.body = std::move(response.body);
+  return reply;
+}
+
+// ---- Worker: what connections share
+// ------------------------------------------
+
+// The client connections of one event loop that are between two requests. At
+// `max_connections`, the one that has been idle for longest makes room.
+class IdleClients : public Task {
+public:
+  struct Entry {
+    Task *connection;
+    Time since;
+    bool asked_to_leave;
+  };
+  using Node = std::list<Entry>; // of one entry, while that one is not idle
+
+  explicit IdleClients(Loop &loop) : loop_(loop) {}
+
+  void enter(Node &node) {
+    node.front().since = loop_.now();
+    node.front().asked_to_leave = false;
+    entries_.splice(entries_.end(), node);
+    publish();
+  }
+  void leave(Node &node, Node::iterator entry) {
+    node.splice(node.end(), entries_, entry);
+    publish();
+  }
+
+  // From any thread.
+  Time longest() const { return Time(Time::duration(longest_)); }
+  void make_room() {
+    ++wanted_;
+    loop_.resume(*this);
+  }
+
+  Next run() override;
+  Time deadline() const override { return Time::max(); }
+
+private:
+  void publish() {
+    const auto since = entries_.empty() ? Time::max() : entries_.front().since;
+    longest_ = since.time_since_epoch().count();
+  }
+
+  Loop &loop_;
+  Node entries_; // the longest idle one first
+  std::atomic<Time::rep> longest_{Time::max().time_since_epoch().count()};
+  std::atomic<std::size_t> wanted_{0};
+};
+
+inline Task::Next IdleClients::run() {
+  auto wanted = wanted_.exchange(0);
+  for (auto &entry : entries_) {
+    if (wanted == 0) { break; }
+    if (std::exchange(entry.asked_to_leave, true)) { continue; }
+    loop_.run_soon(*entry.connection);
+    --wanted;
+  }
+  return Next::wait;
+}
+
+struct Worker;
+
+// What all connections of a server share.
+struct Shared {
+  Shared(const Config &c, const Log &l, Supervisor &s, Vercel *v, OwnRoutes &r)
+      : config(c), log(l), supervisor(s), vercel(v), routes(r) {}
+
+  const Config &config;
+  const Log &log;
+  Supervisor &supervisor;
+  Vercel *const vercel; // null elsewhere
+  OwnRoutes &routes;
+  httplib::Server::HandlerWithResponse pre_routing_handler;
+  int port = 0; // where we listen
+  std::vector<std::unique_ptr<Worker>> workers;
+  std::atomic<bool> draining{false}, aborting{false};
+  // Connections that nobody has to wait for when we drain: tunnels and event
+  // streams, which the target ends, and those that merely linger.
+  std::atomic<std::size_t> endless{0}, lingering{0};
+  // Set while the accepting thread has to hear of connections that end.
+  std::atomic<bool> waiting_for_end{false};
+
+  std::size_t connections() const;
+  void close_idle_upstreams();
+  // Logs what had to be repaired or refused once, since it may come with every
+  // response.
+  void log_once(const std::string &line);
+
+  std::mutex mutex; // of logged
+  std::set<std::string> logged;
+};
+
+// One event loop with what its connections share.
+struct Worker {
+  explicit Worker(Shared &s)
+      : shared(s), loop(s.log), pool(loop), idle_clients(loop) {}
+
+  Shared &shared;
+  Loop loop;
+  UpstreamPool pool;
+  IdleClients idle_clients;
+};
+
+inline std::size_t Shared::connections() const {
+  std::size_t count = 0;
+  for (const auto &worker : workers) {
+    count += worker->loop.size();
+  }
+  return count;
+}
+
+// Any loop may hold the idle connection that a target waits for, or that has
+// the descriptor we lack.
+inline void Shared::close_idle_upstreams() {
+  for (const auto &worker : workers) {
+    worker->pool.close_all();
   }
 }
 
-// Stops what is left of the target's group, and is cold.
-inline void Supervisor::end(Lock &lock) {
-  state_ = State::stopping;
-  proof_.reset();
-  changed();
-  lock.unlock();
-  if (pid_ > 0) {
-    // When the target itself is gone, the rest of its group only holds the port
-    // that the next one needs.
-    const auto deadline =
-        Clock::now() + (exited() ? milliseconds(0) : options_.stop_timeout);
-    if (!exited()) { ::kill(-pid_, SIGTERM); }
-    const auto wait_until = [this](Clock::time_point until) {
-      while (!(exited() && group_ended()) && Clock::now() < until) {
-        nap(Clock::now() + milliseconds(exited() ? 1 : 10));
-      }
-    };
-    wait_until(deadline);
-    if (!(exited() && group_ended())) {
-      ::kill(-pid_, SIGKILL);
-      // A second for init to reap them; the target itself is reaped by us.
-      wait_until(Clock::now() +
-                 std::min(options_.stop_timeout, milliseconds(1000)));
-      while (!exited()) {
-        nap(Clock::now() + milliseconds(10));
-      }
-    }
-    tell_guard(0);
+inline void Shared::log_once(const std::string &line) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (logged.size() == 100 || !logged.insert(line).second) { return; }
   }
-  lock.lock();
-  if (pid_ > 0) { last_exit_ = exit_; }
-  pid_ = 0;
-  pidfd_.reset();
-  state_ = State::cold;
-  changed();
+  log(line);
 }
 
-inline milliseconds Supervisor::next_pause() const {
-  return std::clamp(pause_ * 2, milliseconds(100), milliseconds(5000));
-}
+// The client's side of a connection.
+struct Client {
+  explicit Client(BufferPool &buffers) : received(buffers) {}
 
-// Tells everybody who waits for this start that it came to nothing.
-inline void Supervisor::fail(Lock &lock, int status, std::string reason) {
-  pause_ = next_pause();
-  not_before_ = Clock::now() + pause_;
-  failure_ = {status, std::move(reason)};
-  ++failures_;
-  state_ = State::stopping;
-  changed();
-  const auto message = failure_.reason;
-  lock.unlock();
-  log_(message);
-  lock.lock();
-}
+  Socket socket;
+  Buffer received;
+  std::string address;
+  int port = 0;
+  // NTLM or Negotiate has logged the client in on its upstream connection, so
+  // that its own connection must not outlive that one.
+  bool authenticated = false;
+};
 
-// Whether the target has ended; then exit_ says how.
-inline bool Supervisor::exited() {
-  if (pid_ <= 0) { return false; }
-  if (!exit_.empty()) { return true; }
-  int status = 0;
-  const auto ended = ::waitpid(pid_, &status, WNOHANG);
-  if (ended == 0 || (ended < 0 && errno == EINTR)) { return false; }
-  if (ended < 0) { // the program we are in ignores SIGCHLD, or took it
-    exit_ = "ended";
-  } else if (WIFSIGNALED(status)) {
-    exit_ = concat("was killed by signal ", std::to_string(WTERMSIG(status)));
-  } else {
-    exit_ = concat("exited with status ", std::to_string(WEXITSTATUS(status)));
+// ---- Exchange: one request with the target
+// -----------------------------------
+
+// One direction of an exchange: `head` goes out first, then the bytes of
+// `source` that belong to the message.
+struct Flow {
+  Flow(Buffer &from, Socket *to) : source(from), sink(to) {}
+
+  // Finds out how much of `source` belongs to the message.
+  void frame();
+  // Sends what is pending. False if the sink takes no more.
+  bool write();
+  bool pending() const { return sent < head.size() || framed > 0; }
+  bool can_write() const { return pending() && sink->writable && !stopped; }
+  bool finished() const { return framing.done() && !pending(); }
+
+  Buffer &source;
+  Socket *sink;
+  std::string head;
+  std::size_t sent = 0;   // of head
+  std::size_t framed = 0; // bytes at the front of source that may go out
+  Framing framing;
+  bool dechunk = false; // send the content of the chunks alone
+  bool moved = false;   // something was sent
+  bool stopped = false; // the sink takes no more
+  bool shut = false;    // the sink has been told that there is no more
+};
+
+inline void Flow::frame() {
+  if (dechunk) {
+    source.consume(framing.take(source.view(), &head));
+    return;
   }
+  for (;;) {
+    framed += framing.take(source.view().substr(framed));
+    if (!framing.at_superfluous() || framed == source.view().size()) { return; }
+    source.erase(framed);
+  }
+}
+
+inline bool Flow::write() {
+  const auto body = source.view();
+  iovec parts[] = {{head.data() + sent, head.size() - sent},
+                   {const_cast<char *>(body.data()), framed}};
+  msghdr message{};
+  message.msg_iov = parts;
+  message.msg_iovlen = 2;
+  const auto n =
+      ::sendmsg(sink->fd.get(), &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+  if (n < 0) {
+    sink->writable = errno == EINTR;
+    return would_block(errno);
+  }
+  moved = true;
+  const auto written = static_cast<std::size_t>(n);
+  const auto of_head = std::min(written, head.size() - sent);
+  sent += of_head;
+  if (sent == head.size()) {
+    head.clear();
+    sent = 0;
+  }
+  source.consume(written - of_head);
+  framed -= written - of_head;
+  sink->writable = !pending(); // otherwise it would have taken all
   return true;
 }
 
-// Only to be asked when the target itself has been reaped: a zombie counts.
-inline bool Supervisor::group_ended() const {
-  // Where we are the first process of a container, its orphans are ours.
-  while (::waitpid(-pid_, nullptr, WNOHANG) > 0) {}
-  return ::kill(-pid_, 0) != 0 && errno == ESRCH;
-}
-
-// Sleeps until `until`, the target's end, a word from wake(), or until `fd`, if
-// any, can be read: that is what it returns.
-inline bool Supervisor::nap(Clock::time_point until, int fd) {
-  const int child = exit_.empty() ? pidfd_.get() : -1;
-  if (pid_ > 0 && child < 0) { // no pidfd here: look again and again
-    until = std::min(until, Clock::now() + milliseconds(10));
+// One attempt to have the request answered, on one upstream connection.
+struct Attempt {
+  Attempt(Worker &worker, Client &client)
+      : received(worker.loop.buffers), upload(client.received, nullptr),
+        download(received, &client.socket), pool(worker.pool) {}
+  ~Attempt() {
+    if (upstream) { pool.close(std::move(upstream)); }
   }
-  pollfd fds[] = {
-      {fd, POLLIN, 0}, {wake_read_.get(), POLLIN, 0}, {child, POLLIN, 0}};
-  wait_for(fds, until);
-  if (fds[1].revents) { read_wakes(wake_read_); }
-  return fds[0].revents != 0;
+
+  Buffer received; // from the target
+  Flow upload, download;
+  ResponseHead response;
+  UpstreamPool &pool;
+  std::unique_ptr<Upstream> upstream;
+  bool is_new = true;            // the connection
+  bool connected = false;        // something could be sent
+  bool interim_sent = false;     // a 1xx was passed on
+  bool responding = false;       // the final response head has arrived
+  milliseconds redial{20};       // how long a connect may take
+  Time stalled_at = Time::max(); // when something is done about the silence
+};
+
+// Takes one request to the target and its response back. Constructed for each
+// request, when its head has been read.
+class Exchange {
+public:
+  enum class Result {
+    wait,    // for an event or the deadline
+    yield,   // to the other connections
+    done,    // the response has been passed on in full
+    reply,   // we have to respond ourselves: see take_reply()
+    abort,   // one side is gone, and nothing more can be said
+    retry,   // begin another attempt; run() never returns it
+    proceed, // go on with this attempt; run() never returns it
+  };
+
+  Exchange(Worker &worker, Task &connection, Client &client,
+           const RequestHead &request);
+  ~Exchange();
+
+  Result run();
+  Time deadline() const { return deadline_; }
+  // Whether the client's connection can serve another request after `done`.
+  bool keep_alive() const { return keep_alive_; }
+  Reply take_reply() { return std::move(reply_); }
+  // The rest of a 1xx that must go out before our own response.
+  std::string unsent() const;
+  bool tunnel_established() const {
+    return is_tunnel() && !attempt_->download.pending();
+  }
+
+private:
+  bool is_tunnel() const {
+    return attempt_ &&
+           attempt_->download.framing.mode() == Framing::Mode::tunnel;
+  }
+  Forwarding forwarding() const;
+  Result respond(int status, std::string_view reason, std::string lines = {});
+  Result await_target();
+  Result not_ready_yet();
+  Result begin_attempt();
+  bool dial_target();
+  Result connect_failed(int error);
+  Result no_response();
+  Result bad_response(std::string_view reason);
+  Result advance();
+  Result act_on_silence();
+  Result pump();
+  Result write_both();
+  bool response_sent() const;
+  Result advance_tunnel();
+  bool can_read_client() const;
+  bool client_is_gone() const;
+  bool receive_from_client();
+  Result read_from_client(bool &moved);
+  Result read_from_target(bool &moved);
+  Result upstream_ended(bool orderly);
+  Result frame_response();
+  Result read_response_head();
+  void begin_response();
+  bool upstream_lasts() const;
+  bool loses_authentication() const;
+  void give_upstream_back();
+
+  Worker &worker_;
+  Shared &shared_;
+  Task &connection_;
+  Client &client_;
+  const RequestHead &request_;
+  const bool has_body_;
+  const bool repeatable_; // the target may get it twice
+  const bool was_authenticated_;
+  const Time page_at_; // when a browser is shown the waiting page
+
+  std::optional<Lease> lease_;
+  std::string target_authority_;
+  std::optional<Attempt> attempt_;
+  int sent_count_ = 0;     // attempts on which something was sent
+  int unanswered_new_ = 0; // of these, on new connections
+  Reply reply_;
+  Time deadline_ = Time::max();
+  bool half_closed_ = false;   // the client sends no more,
+  Time gone_at_ = Time::max(); // and then counts as gone
+  bool keep_alive_ = false;
+  bool endless_ = false;
+};
+
+inline Exchange::Exchange(Worker &worker, Task &connection, Client &client,
+                          const RequestHead &request)
+    : worker_(worker), shared_(worker.shared), connection_(connection),
+      client_(client), request_(request), has_body_(!request.framing.done()),
+      // RFC 9110, section 9.2.2: only what changes nothing may be sent again.
+      repeatable_(request.is_safe() && !has_body_),
+      was_authenticated_(client.authenticated),
+      page_at_(shared_.config.waiting_page_after.count() && wants_page(request)
+                   ? later(worker.loop.now(), shared_.config.waiting_page_after)
+                   : Time::max()) {}
+
+inline Exchange::~Exchange() {
+  if (endless_) { --shared_.endless; }
+  // A close-delimited response must not look complete: abort with RST.
+  if (attempt_ && attempt_->responding && !attempt_->download.finished() &&
+      (attempt_->download.dechunk ||
+       attempt_->download.framing.mode() >= Framing::Mode::until_close)) {
+    reset_on_close(client_.socket.fd.get());
+  }
 }
 
-inline void Supervisor::nap(Lock &lock, Clock::time_point until) {
-  lock.unlock();
-  nap(until);
-  lock.lock();
+inline std::string Exchange::unsent() const {
+  return attempt_ ? attempt_->download.head.substr(attempt_->download.sent)
+                  : std::string();
 }
 
-/*
- * Supervisor: the child
- */
+inline Forwarding Exchange::forwarding() const {
+  return {shared_.config, client_.address, target_authority_,
+          lease_->endpoint().port};
+}
 
-// Finds the program as Options::binary says; "" if there is none that we may
-// execute.
-inline std::string find_binary(const std::string &name) {
-  namespace fs = std::filesystem;
-  std::vector<std::string> places;
-  std::error_code error;
-  if (contains(name, "/")) {
-    places.push_back(name);
-    const auto self = fs::read_symlink("/proc/self/exe", error);
-    if (!error && name[0] != '/') {
-      places.push_back(self.parent_path() / name);
+inline Exchange::Result Exchange::respond(int status, std::string_view reason,
+                                          std::string lines) {
+  reply_ = error_reply(request_, status, reason, std::move(lines));
+  return Result::reply;
+}
+
+inline Exchange::Result Exchange::run() {
+  for (;;) {
+    const auto result = attempt_ ? advance() : await_target();
+    if (result == Result::retry) {
+      attempt_.reset();
+      lease_.reset();
+    } else if (result != Result::proceed) {
+      return result;
     }
+  }
+}
+
+// ---- Exchange: getting a connection to the target
+
+inline Exchange::Result Exchange::await_target() {
+  if (can_read_client() ? !receive_from_client() : client_is_gone()) {
+    return Result::abort;
+  }
+  if (!lease_) { lease_.emplace(); }
+  const auto host = request_.authority.empty() ? request_.value(FieldName::host)
+                                               : request_.authority;
+  Failure failure;
+  switch (shared_.supervisor.acquire(*lease_, host, failure)) {
+  case Supervisor::Access::granted: break;
+  case Supervisor::Access::pending: return not_ready_yet();
+  case Supervisor::Access::failed:
+    reply_ = start_failure_reply(request_, failure.status, failure.reason,
+                                 failure.retry_after, lease_->waited());
+    return Result::reply;
+  }
+  // The waiting page's script: it learns that the target is ready.
+  if (request_.method == "GET" && request_.find(FieldName::warmproxy_wait)) {
+    reply_ = Reply{204, lease_->server_timing(), {}, {}};
+    return Result::reply;
+  }
+  return begin_attempt();
+}
+
+inline Exchange::Result Exchange::not_ready_yet() {
+  if (worker_.loop.now() >= page_at_) {
+    reply_ = waiting_page(request_, lease_->waited());
+    return Result::reply;
+  }
+  deadline_ = std::min(page_at_, gone_at_);
+  return Result::wait;
+}
+
+inline Exchange::Result Exchange::begin_attempt() {
+  auto &attempt = attempt_.emplace(worker_, client_);
+  if (sent_count_ == 0) { // what has met a stale connection gets a new one
+    attempt.upstream = worker_.pool.take(&client_, lease_->generation(),
+                                         repeatable_, connection_);
+  }
+  attempt.is_new = !attempt.upstream;
+  if (attempt.is_new && !dial_target()) { return connect_failed(errno); }
+  attempt.upload.sink = attempt.upstream.get();
+  target_authority_ = lease_->endpoint().text();
+  write_request_head(request_, forwarding(), attempt.upload.head);
+  attempt.upload.framing = request_.framing;
+  attempt.upload.frame();
+  return Result::proceed;
+}
+
+// Leaves errno behind if it returns false.
+inline bool Exchange::dial_target() {
+  auto &attempt = *attempt_;
+  auto fd = dial(lease_->endpoint());
+  if (!fd) { return false; }
+  attempt.upstream =
+      worker_.pool.open(std::move(fd), lease_->generation(), connection_);
+  if (!attempt.upstream) { return false; }
+#ifndef __linux__ // there, a loopback connect is done by now, if there is room
+  attempt.upstream->writable = false;
+#endif
+  attempt.upload.sink = attempt.upstream.get();
+  attempt.stalled_at = later(worker_.loop.now(), attempt.redial);
+  return true;
+}
+
+inline Exchange::Result Exchange::connect_failed(int error) {
+  if (error == ECONNREFUSED || error == ETIMEDOUT) { return no_response(); }
+  // We lack something: descriptors, ports or memory. Idle connections hold
+  // some.
+  shared_.close_idle_upstreams();
+  return respond(503,
+                 concat("cannot connect to the target: ", error_text(error)),
+                 "Retry-After: 1\r\n");
+}
+
+// The upstream connection ended before a response. Only a request that changes
+// nothing is sent again (RFC 9110, section 9.2.2), and once at most on a new
+// connection; an idle one that has gone stale says nothing about the target.
+inline Exchange::Result Exchange::no_response() {
+  const auto &attempt = *attempt_;
+  const bool sent = attempt.upload.moved;
+  if (sent) {
+    ++sent_count_;
+    unanswered_new_ += attempt.is_new;
+  }
+  if ((sent && !repeatable_) || sent_count_ == WARMPROXY_MAX_ATTEMPTS ||
+      unanswered_new_ == 2) {
+    return respond(502, "the target closed the connection without a response");
+  }
+  if (attempt.is_new) { shared_.supervisor.suspect(*lease_); }
+  return Result::retry;
+}
+
+inline Exchange::Result Exchange::bad_response(std::string_view reason) {
+  shared_.log_once(concat("response refused: ", reason));
+  return respond(502, concat("the target's response is malformed: ", reason));
+}
+
+// ---- Exchange: moving bytes
+
+inline Exchange::Result Exchange::advance() {
+  auto result = act_on_silence();
+  if (result == Result::proceed) { result = pump(); }
+  auto &attempt = *attempt_;
+  if (attempt.responding) {
+    attempt.stalled_at = Time::max();
+  } else if (attempt.is_new && attempt.upload.moved && !attempt.connected) {
+    attempt.connected = true;
+    attempt.stalled_at =
+        later(worker_.loop.now(), milliseconds(WARMPROXY_STALL_TIMEOUT));
+  }
+  deadline_ = std::min(attempt.stalled_at, gone_at_);
+  if (result == Result::done) { give_upstream_back(); }
+  return result;
+}
+
+// A connect that takes longer than `redial` has met a full backlog, and the
+// kernel would try again after 1, 3 and 7 s. Dialing again gets in as soon as
+// there is room, which 200 first requests at once need. It goes on for as long
+// as the client waits: a busy target is not a dead one.
+inline Exchange::Result Exchange::act_on_silence() {
+  auto &attempt = *attempt_;
+  if (worker_.loop.now() < attempt.stalled_at) { return Result::proceed; }
+  attempt.stalled_at = Time::max();
+  if (attempt.connected || attempt.redial.count() > WARMPROXY_STALL_TIMEOUT) {
+    // A server of one connection at a time may be blocked on an idle one.
+    shared_.close_idle_upstreams();
+  }
+  if (attempt.connected || attempt.upstream->writable) {
+    return Result::proceed;
+  }
+  worker_.pool.close(std::move(attempt.upstream));
+  attempt.redial = std::min<milliseconds>(attempt.redial * 2, seconds(1));
+  return dial_target() ? Result::proceed : connect_failed(errno);
+}
+
+// Moves bytes in both directions at once, each until its framing is done.
+inline Exchange::Result Exchange::pump() {
+  for (int i = 0; i < WARMPROXY_OPERATIONS_PER_TURN; ++i) {
+    bool moved = false;
+    auto result = write_both();
+    if (result == Result::proceed && is_tunnel()) { result = advance_tunnel(); }
+    if (result == Result::proceed && response_sent()) { result = Result::done; }
+    if (result == Result::proceed) { result = read_from_client(moved); }
+    if (result == Result::proceed) { result = read_from_target(moved); }
+    if (result != Result::proceed) { return result; }
+    if (!moved && !attempt_->upload.can_write() &&
+        !attempt_->download.can_write()) {
+      return Result::wait;
+    }
+  }
+  return Result::yield;
+}
+
+inline Exchange::Result Exchange::write_both() {
+  auto &upload = attempt_->upload;
+  auto &download = attempt_->download;
+  if (upload.can_write() && !upload.write()) {
+    upload.stopped = true; // yet the target may have responded before it closed
+    if (!upload.moved) { return no_response(); }
+  }
+  if (download.can_write() && !download.write()) { return Result::abort; }
+  return Result::proceed;
+}
+
+inline bool Exchange::response_sent() const {
+  return attempt_->responding && !is_tunnel() && attempt_->download.finished();
+}
+
+// Either side of a tunnel may close while the other still sends.
+inline Exchange::Result Exchange::advance_tunnel() {
+  auto &upload = attempt_->upload;
+  auto &download = attempt_->download;
+  // Both directions are closed, and not by us: the connection was reset.
+  if (upload.stopped || (client_.socket.broken && !download.shut)) {
+    return Result::abort;
+  }
+  if (half_closed_) { upload.framing.close(); }
+  gone_at_ = Time::max();
+  for (auto *flow : {&upload, &download}) {
+    // Only once: every shutdown() triggers an event for the socket itself.
+    if (flow->finished() && !std::exchange(flow->shut, true)) {
+      ::shutdown(flow->sink->fd.get(), SHUT_WR);
+    }
+  }
+  return upload.finished() && download.finished() ? Result::done
+                                                  : Result::proceed;
+}
+
+inline bool Exchange::can_read_client() const {
+  return client_.socket.readable && !half_closed_ && !client_.received.full();
+}
+
+inline bool Exchange::client_is_gone() const {
+  return client_.socket.broken || worker_.loop.now() >= gone_at_;
+}
+
+// Reads more of the body, the next request, or the end. False if the client is
+// gone.
+inline bool Exchange::receive_from_client() {
+  const auto n = client_.received.receive(client_.socket);
+  if (n == 0) {
+    half_closed_ = true;
+    gone_at_ =
+        later(worker_.loop.now(), milliseconds(WARMPROXY_HALF_CLOSE_GRACE));
+  }
+  return n >= 0 || would_block(errno);
+}
+
+inline Exchange::Result Exchange::read_from_client(bool &moved) {
+  auto &upload = attempt_->upload;
+  if (upload.pending() || !can_read_client()) {
+    return !is_tunnel() && client_is_gone() ? Result::abort : Result::proceed;
+  }
+  if (!receive_from_client()) { return Result::abort; }
+  moved = true;
+  if (upload.framing.done()) { return Result::proceed; }
+  upload.frame();
+  if (!upload.framing.malformed()) { return Result::proceed; }
+  return attempt_->responding ? Result::abort
+                              : respond(400, "malformed chunk in the body");
+}
+
+inline Exchange::Result Exchange::read_from_target(bool &moved) {
+  auto &attempt = *attempt_;
+  auto &target = *attempt.upstream;
+  if (!target.readable || attempt.download.pending() ||
+      (attempt.responding && attempt.download.framing.done())) {
+    return Result::proceed;
+  }
+  const auto n = attempt.received.receive(target);
+  if (n < 0 && would_block(errno)) { return Result::proceed; }
+  moved |= n >= 0;
+  if (n <= 0) { return upstream_ended(n == 0); }
+  return attempt.responding ? frame_response() : read_response_head();
+}
+
+inline Exchange::Result Exchange::upstream_ended(bool orderly) {
+  auto &attempt = *attempt_;
+  if (!attempt.responding) {
+    return attempt.received.empty() && !attempt.interim_sent
+               ? no_response()
+               : bad_response("it ended within its head");
+  }
+  // Only these two may end so; anything else is in the middle of its body.
+  auto &framing = attempt.download.framing;
+  if (!orderly || framing.mode() < Framing::Mode::until_close) {
+    return Result::abort;
+  }
+  framing.close();
+  return Result::proceed;
+}
+
+inline Exchange::Result Exchange::frame_response() {
+  attempt_->download.frame();
+  if (!attempt_->download.framing.malformed()) { return Result::proceed; }
+  shared_.log_once("response aborted: malformed chunk in the body");
+  return Result::abort;
+}
+
+// Reads the heads that have arrived: any 1xx, then the final one.
+inline Exchange::Result Exchange::read_response_head() {
+  auto &attempt = *attempt_;
+  auto &response = attempt.response;
+  while (!attempt.responding) {
+    const auto bytes = attempt.received.view();
+    const auto end = head_end(bytes);
+    if (!end) {
+      return attempt.received.full() ? bad_response("its head is too large")
+                                     : Result::proceed;
+    }
+    const auto refusal = parse_response(std::string(bytes.substr(0, end)),
+                                        request_.method, response);
+    attempt.received.consume(end);
+    if (refusal) { return bad_response(refusal.reason); }
+    for (const auto &repair : response.repairs) {
+      shared_.log_once(concat("response repaired: ", repair));
+    }
+    if (response.switching && !request_.upgrade) {
+      return bad_response("101 without a request for an upgrade");
+    }
+    if (response.status >= 200 || response.switching) {
+      begin_response();
+    } else if (request_.minor == 1) { // RFC 9110, section 15.2
+      write_response_head(request_, response, forwarding(), true, {},
+                          attempt.download.head);
+      attempt.interim_sent = true;
+    }
+  }
+  return frame_response();
+}
+
+inline void Exchange::begin_response() {
+  auto &attempt = *attempt_;
+  auto &response = attempt.response;
+  auto &download = attempt.download;
+  attempt.responding = true;
+  download.framing = response.framing;
+  if (response.switching) {
+    download.framing = Framing(Framing::Mode::tunnel);
+    attempt.upload.framing = download.framing;
+    attempt.upload.frame(); // what the client has already sent
+  }
+  download.dechunk =
+      download.framing.mode() == Framing::Mode::chunked && request_.minor == 0;
+  if (authenticates_connection(request_) ||
+      authenticates_connection(response)) {
+    client_.authenticated = attempt.upstream->authenticated = true;
+  }
+  keep_alive_ = request_.keep_alive && !download.dechunk &&
+                download.framing.mode() < Framing::Mode::until_close &&
+                attempt.upload.finished() && !shared_.draining &&
+                !loses_authentication();
+  endless_ = response.switching ||
+             starts_with_ignore_case(response.value(FieldName::content_type),
+                                     "text/event-stream");
+  if (endless_) { ++shared_.endless; }
+  write_response_head(request_, response, forwarding(), keep_alive_,
+                      lease_->server_timing(), download.head);
+}
+
+// ---- Exchange: what becomes of the upstream connection
+
+// What the target may have left unread, or sent too much, must not become part
+// of the next exchange.
+inline bool Exchange::upstream_lasts() const {
+  const auto &response = attempt_->response;
+  const auto &framing = attempt_->download.framing;
+  return response.keep_alive && !response.corrected && !response.switching &&
+         !framing.corrected() && framing.mode() != Framing::Mode::until_close &&
+         request_.method != "HEAD" && !request_.upgrade;
+}
+
+// A client that was logged in on its upstream connection must notice that this
+// connection is no more.
+inline bool Exchange::loses_authentication() const {
+  return (was_authenticated_ && attempt_->is_new) ||
+         (client_.authenticated && !upstream_lasts());
+}
+
+inline void Exchange::give_upstream_back() {
+  auto &attempt = *attempt_;
+  auto &upstream = attempt.upstream;
+  if (!upstream_lasts() || !attempt.upload.finished() ||
+      attempt.upload.stopped || !attempt.received.empty() || upstream->ended ||
+      shared_.draining) {
+    return; // it is closed with the attempt
+  }
+  // A body may have been left unread, and who is logged in is the client's own
+  // affair: nobody else gets this connection.
+  if (has_body_ || upstream->authenticated) { upstream->client = &client_; }
+  if (upstream->client && (shared_.config.behind_front() || !keep_alive_)) {
+    worker_.pool.retire(std::move(upstream));
   } else {
-    const char *path = std::getenv("PATH");
-    std::string_view rest = path ? path : "/usr/local/bin:/usr/bin:/bin";
-    for (bool more = true; more;) {
-      const auto colon = rest.find(':');
-      places.push_back(concat(rest.substr(0, colon), "/", name));
-      more = colon != std::string_view::npos;
-      rest.remove_prefix(more ? colon + 1 : 0);
-    }
+    worker_.pool.release(std::move(upstream));
   }
-  for (const auto &place : places) {
-    if (fs::is_regular_file(place, error) &&
-        ::access(place.c_str(), X_OK) == 0) {
-      const auto found =
-          fs::absolute(place, error); // the target may run elsewhere
-      return found.lexically_normal();
-    }
+}
+
+// ---- Connection: one client, one request after the other --------------------
+
+// Tells the platform, once, that a request has ended. One that was refused has
+// an end as well, so the identifiers are looked for in whatever has arrived.
+class Invocation {
+public:
+  Invocation(Vercel *vercel, std::string_view head) : vercel_(vercel) {
+    if (!vercel_) { return; }
+    id_ = line_value(head, "x-vercel-internal-invocation-id");
+    request_id_ = line_value(head, "x-vercel-internal-request-id");
   }
+  Invocation(const Invocation &) = delete;
+  Invocation &operator=(const Invocation &) = delete;
+  ~Invocation() { end(); }
+
+  // Counts as running for this much longer than its response.
+  void delay(milliseconds time) { delay_ = time; }
+  void end() {
+    if (vercel_ && !id_.empty()) { vercel_->end(id_, request_id_, delay_); }
+    forget();
+  }
+  void forget() { vercel_ = nullptr; }
+
+private:
+  static std::string line_value(std::string_view head, std::string_view name) {
+    while (!head.empty()) {
+      const auto line = until(head, '\n');
+      head.remove_prefix(std::min(line.size() + 1, head.size()));
+      if (!equals_ignore_case(until(line, ':'), name)) { continue; }
+      auto value = line.substr(std::min(name.size() + 1, line.size()));
+      if (ends_with(value, "\r")) { value.remove_suffix(1); }
+      return std::string(trim(value));
+    }
+    return {};
+  }
+
+  Vercel *vercel_;
+  milliseconds delay_{0};
+  std::string id_, request_id_;
+};
+
+// A request, from its complete head to the end of its response.
+struct Request {
+  RequestHead head;
+  std::optional<Invocation> invocation;
+  std::optional<Exchange> exchange;
+};
+
+class Connection : public Task {
+public:
+  Connection(Worker &worker, Descriptor socket, const SocketAddress &address,
+             bool over_limit);
+  ~Connection() override;
+
+  Next run() override;
+  Time deadline() const override { return deadline_; }
+  void resumed() override;
+
+private:
+  // What the connection is doing. `lent`: an own route serves it.
+  enum class Stage {
+    accepted,
+    reading,
+    exchanging,
+    lent,
+    responding,
+    lingering
+  };
+  using Step = std::optional<Next>; // nothing: the stage has changed, go on
+
+  Step run_stage();
+  Step begin();
+  void await_request();
+  Step read_request();
+  void begin_head();
+  Step receive_head();
+  Step begin_request(std::string text);
+  Step route_request();
+  std::optional<Reply> run_pre_routing_handler();
+  Step lend(RouteServer &server);
+  SocketAddress local_address() const;
+  std::string keep_alive_line() const;
+  Step await_return();
+  bool take_back();
+  Step exchange();
+  Step respond(const Reply &reply, std::string before = {});
+  Step refuse(int status, std::string_view reason);
+  Step send_response();
+  Step finish(bool keep_alive);
+  Step linger();
+
+  bool is_idle() const { return idle_node_.empty(); }
+  void leave_idle();
+
+  Worker &worker_;
+  Shared &shared_;
+  const bool over_limit_; // the client is only told so
+  Client client_;
+  IdleClients::Node idle_node_;
+  const IdleClients::Node::iterator idle_entry_;
+  Stage stage_ = Stage::accepted;
+  Time deadline_{};
+  std::size_t searched_ = 0; // bytes without the end of a head
+  std::optional<Request> request_;
+  std::shared_ptr<Loan> loan_;
+  bool returned_ = false;   // the loan
+  Flow response_;           // of our own
+  bool keep_alive_ = false; // after it
+  Time linger_until_{};
+};
+
+inline Connection::Connection(Worker &worker, Descriptor socket,
+                              const SocketAddress &address, bool over_limit)
+    : worker_(worker), shared_(worker.shared), over_limit_(over_limit),
+      client_(worker.loop.buffers), idle_node_{{this, Time::max(), false}},
+      idle_entry_(idle_node_.begin()),
+      response_(client_.received, &client_.socket) {
+  client_.socket.fd = std::move(socket);
+  client_.socket.owner = this;
+  client_.address = address.text();
+  client_.port = address.port();
+}
+
+inline Connection::~Connection() {
+  leave_idle();
+  request_.reset();
+  worker_.pool.close_private(&client_);
+  worker_.loop.forget(client_.socket);
+  if (stage_ == Stage::lingering) { --shared_.lingering; }
+  if (shared_.waiting_for_end) { shared_.workers.front()->loop.wake(); }
+}
+
+inline void Connection::leave_idle() {
+  if (is_idle()) { worker_.idle_clients.leave(idle_node_, idle_entry_); }
+}
+
+inline Task::Next Connection::run() {
+  if (shared_.aborting && stage_ != Stage::lent) { return Next::close; }
+  for (;;) {
+    if (const auto next = run_stage()) { return *next; }
+  }
+}
+
+inline Connection::Step Connection::run_stage() {
+  switch (stage_) {
+  case Stage::accepted: return begin();
+  case Stage::reading: return read_request();
+  case Stage::exchanging: return exchange();
+  case Stage::lent: return await_return();
+  case Stage::responding: return send_response();
+  case Stage::lingering: break;
+  }
+  return linger();
+}
+
+// ---- Connection: reading a request
+
+inline Connection::Step Connection::begin() {
+  if (!worker_.loop.watch(client_.socket)) {
+    throw std::system_error(errno, std::generic_category(), "epoll_ctl");
+  }
+  await_request();
   return {};
 }
 
-// Makes or renews the writable copy of `from`: what is newer there is kept.
-inline void copy_to_scratch(const std::filesystem::path &from,
-                            const std::filesystem::path &to) {
-  namespace fs = std::filesystem;
-  const auto writable = [](const fs::path &path) {
-    fs::permissions(path, fs::perms::owner_write, fs::perm_options::add);
-  };
-  fs::create_directories(to);
-  const auto copy = fs::canonical(to);
-  for (auto entry = fs::recursive_directory_iterator(from);
-       entry != fs::recursive_directory_iterator(); ++entry) {
-    const auto target = to / entry->path().lexically_relative(from);
-    if (entry->is_symlink()) {
-      if (!fs::is_symlink(fs::symlink_status(target))) {
-        fs::copy_symlink(entry->path(), target);
-      }
-    } else if (entry->is_directory()) {
-      if (fs::canonical(entry->path()) == copy) {
-        entry.disable_recursion_pending(); // the copy itself lies within
-        continue;
-      }
-      fs::create_directory(target, entry->path());
-      writable(target);
-    } else if (entry->is_regular_file()) {
-      fs::copy_file(entry->path(), target, fs::copy_options::update_existing);
-      writable(target);
-    }
+inline void Connection::await_request() {
+  request_.reset();
+  stage_ = Stage::reading;
+  searched_ = 0;
+  const auto timeout = shared_.config.keep_alive_timeout;
+  deadline_ = over_limit_       ? later(worker_.loop.now(), seconds(2))
+              : timeout.count() ? later(worker_.loop.now(), timeout)
+                                : Time::max();
+  if (client_.received.empty() && !over_limit_) {
+    worker_.idle_clients.enter(idle_node_);
   }
 }
 
-// All that the child needs, made before it is: between vfork(2) and execve(2)
-// it runs in our memory, where it may neither allocate nor lock.
-struct Launch {
-  const char *path;
-  char *const *arguments;
-  char *const *environment;
-  const char *directory; // null: ours
-  int guard;
-  int report; // takes errno, closes by execve
-  pid_t parent;
-  rlimit files;
+inline Connection::Step Connection::read_request() {
+  for (int i = 0; i < WARMPROXY_OPERATIONS_PER_TURN; ++i) {
+    auto &received = client_.received;
+    // RFC 9112, section 2.2: empty lines before a request are skipped.
+    while (starts_with(received.view(), "\r\n")) {
+      received.consume(2);
+    }
+    if (!received.empty() && searched_ == 0) { begin_head(); }
+    if (const auto end = head_end(received.view(), searched_)) {
+      // A copy, since the buffer is filled anew while the response is awaited.
+      std::string text(received.view().substr(0, end));
+      received.consume(end);
+      return begin_request(std::move(text));
+    }
+    searched_ = received.view().size();
+    if (received.full()) {
+      return refuse(431, concat("the request head is larger than ",
+                                decimal(WARMPROXY_MAX_HEAD_SIZE), " bytes"));
+    }
+    if (const auto refusal = early_refusal(received.view())) {
+      return refuse(refusal.status, refusal.reason);
+    }
+    if (const auto step = receive_head()) { return step; }
+  }
+  return Next::yield;
+}
+
+// The first bytes of a head have arrived.
+inline void Connection::begin_head() {
+  leave_idle();
+  deadline_ = later(worker_.loop.now(), milliseconds(WARMPROXY_HEAD_TIMEOUT));
+}
+
+// What has arrived is read before any deadline is judged, and before an idle
+// connection is closed for whatever reason.
+inline Connection::Step Connection::receive_head() {
+  auto &received = client_.received;
+  const bool late = worker_.loop.now() >= deadline_;
+  const bool leaving =
+      received.empty() && (shared_.draining || idle_entry_->asked_to_leave);
+  if (!client_.socket.readable && !late && !leaving) { return Next::wait; }
+  const auto n = received.receive(client_.socket);
+  if (n > 0) { return {}; }
+  if (n == 0 || !would_block(errno) || leaving) { return Next::close; }
+  if (!late) { return Next::wait; }
+  return received.empty() ? Next::close
+                          : refuse(408, "the request head took too long");
+}
+
+inline Connection::Step Connection::refuse(int status,
+                                           std::string_view reason) {
+  leave_idle();
+  if (!request_) {
+    request_.emplace();
+    request_->invocation.emplace(shared_.vercel, client_.received.view());
+  }
+  request_->head.keep_alive = false;
+  return respond(error_reply(request_->head, status, reason));
+}
+
+inline Connection::Step Connection::begin_request(std::string text) {
+  leave_idle();
+  auto &request = request_.emplace();
+  request.invocation.emplace(shared_.vercel, text);
+  const auto refusal = parse_request(std::move(text), request.head);
+  if (refusal) { return refuse(refusal.status, refusal.reason); }
+  if (over_limit_) {
+    request.head.keep_alive = false;
+    return respond(error_reply(request.head, 503, "too many connections",
+                               "Retry-After: 1\r\n"));
+  }
+  return route_request();
+}
+
+// Who answers, in the order of precedence.
+inline Connection::Step Connection::route_request() {
+  const auto &config = shared_.config;
+  auto &request = *request_;
+  const auto &head = request.head;
+  if (shared_.vercel && head.path() == "/_vercel/ping") {
+    request.invocation->forget();
+    return respond(ping_reply());
+  }
+  if (!config.status_path.empty() && head.path() == config.status_path) {
+    auto status = shared_.supervisor.status();
+    status.connections = shared_.connections();
+    return respond(status_reply(head, status));
+  }
+  if (const auto server = shared_.routes.find(head.path())) {
+    return lend(*server);
+  }
+  if (is_preflight(head, config)) { return respond(preflight_reply()); }
+  if (shared_.pre_routing_handler) {
+    if (const auto reply = run_pre_routing_handler()) {
+      return respond(*reply);
+    }
+  }
+  // What has arrived of a body can be known to be malformed before the target
+  // is started for it.
+  auto framing = head.framing;
+  framing.take(client_.received.view());
+  if (framing.malformed()) {
+    return respond(error_reply(head, 400, "malformed chunk in the body"));
+  }
+  if (ignores_forwarded_https(head, config)) {
+    shared_.log_once("X-Forwarded-Proto: https ignored: the client is not "
+                     "trusted (behind a proxy that ends TLS set "
+                     "WARMPROXY_TRUST_PROXY=1, or redirects may loop)");
+  }
+  if (!head.is_safe()) { request.invocation->delay(config.background_work); }
+  request.exchange.emplace(worker_, *this, client_, head);
+  stage_ = Stage::exchanging;
+  return {};
+}
+
+// ---- Connection: own routes and the pre-routing handler
+
+inline SocketAddress Connection::local_address() const {
+  SocketAddress local;
+  ::getsockname(client_.socket.fd.get(), local.get(), &local.size);
+  return local;
+}
+
+inline std::optional<Reply> Connection::run_pre_routing_handler() {
+  const auto local = local_address();
+  auto request = routing_request(
+      request_->head, Forwarding{shared_.config, client_.address, {}, 0});
+  request.remote_addr = client_.address;
+  request.remote_port = client_.port;
+  request.local_addr = local.text();
+  request.local_port = local.port();
+  return call_pre_routing_handler(shared_.pre_routing_handler, request,
+                                  shared_.log);
+}
+
+inline Connection::Step Connection::lend(RouteServer &server) {
+  const auto &head = request_->head;
+  const auto local = local_address();
+  loan_ = std::make_shared<Loan>();
+  auto &loan = *loan_;
+  loan.fd = client_.socket.fd.get();
+  write_own_request_head(
+      head, Forwarding{shared_.config, client_.address, {}, 0}, loan.head);
+  loan.received = client_.received.view();
+  client_.received.clear();
+  loan.method = head.method;
+  loan.request = head.framing;
+  loan.minor = head.minor;
+  loan.keep_alive = head.keep_alive && !shared_.draining;
+  loan.keep_alive_line = keep_alive_line();
+  loan.client_address = client_.address;
+  loan.client_port = client_.port;
+  loan.local_address = local.text();
+  loan.local_port = local.port();
+  worker_.loop.forget(client_.socket);
+  stage_ = Stage::lent;
+  deadline_ = Time::max();
+  const bool lent = shared_.routes.lend(server, loan_,
+                                        [this] { worker_.loop.resume(*this); });
+  if (lent) { return {}; }
+  take_back();
+  return respond(error_reply(head, 503, "too many requests for own routes",
+                             "Retry-After: 1\r\n"));
+}
+
+inline std::string Connection::keep_alive_line() const {
+  const auto timeout = shared_.config.keep_alive_timeout;
+  return concat(request_->head.minor ? "" : "Connection: keep-alive\r\n",
+                timeout < seconds(1)
+                    ? ""
+                    : concat("Keep-Alive: timeout=",
+                             decimal(timeout.count() / 1000), "\r\n"));
+}
+
+inline void Connection::resumed() { returned_ = true; }
+
+inline Connection::Step Connection::await_return() {
+  if (!returned_) {
+    // The descriptor is not ours alone: shut down, it ends the loan.
+    if (shared_.aborting) { ::shutdown(client_.socket.fd.get(), SHUT_RDWR); }
+    return Next::wait;
+  }
+  if (shared_.aborting) { return Next::close; }
+  return finish(take_back() && !shared_.draining);
+}
+
+// Returns whether the connection is good for another request.
+inline bool Connection::take_back() {
+  const auto loan = std::exchange(loan_, nullptr);
+  returned_ = false;
+  client_.socket.readable = false;
+  client_.socket.writable = true;
+  if (!worker_.loop.watch(client_.socket)) {
+    throw std::system_error(errno, std::generic_category(), "epoll_ctl");
+  }
+  client_.received.append(loan->received);
+  return loan->keep_alive;
+}
+
+// ---- Connection: an exchange with the target
+
+inline Connection::Step Connection::exchange() {
+  auto &exchange = *request_->exchange;
+  const auto result = exchange.run();
+  deadline_ = exchange.deadline();
+  // On the platform an established tunnel counts as the response.
+  if (exchange.tunnel_established()) { request_->invocation->end(); }
+  switch (result) {
+  case Exchange::Result::wait: return Next::wait;
+  case Exchange::Result::yield: return Next::yield;
+  case Exchange::Result::done: return finish(exchange.keep_alive());
+  case Exchange::Result::reply: {
+    const auto reply = exchange.take_reply();
+    auto unsent = exchange.unsent();
+    request_->exchange.reset();
+    return respond(reply, std::move(unsent));
+  }
+  default: return Next::close;
+  }
+}
+
+// ---- Connection: a response of our own
+
+// `before`: what must go out first.
+inline Connection::Step Connection::respond(const Reply &reply,
+                                            std::string before) {
+  const auto &head = request_->head;
+  keep_alive_ = head.keep_alive && head.framing.done() && !shared_.draining;
+  response_.head = std::move(before);
+  write_reply(reply, head, shared_.config, keep_alive_, response_.head);
+  stage_ = Stage::responding;
+  deadline_ = later(worker_.loop.now(), milliseconds(WARMPROXY_SEND_TIMEOUT));
+  return {};
+}
+
+inline Connection::Step Connection::send_response() {
+  if (response_.can_write() && !response_.write()) { return Next::close; }
+  if (!response_.pending()) { return finish(keep_alive_); }
+  return worker_.loop.now() >= deadline_ ? Next::close : Next::wait;
+}
+
+inline Connection::Step Connection::finish(bool keep_alive) {
+  if (keep_alive) {
+    await_request();
+    // Pipelined requests of one client must not hold up the others.
+    return client_.received.empty() ? Step() : Next::yield;
+  }
+  // Closing a socket with unread bytes resets it, and a reset overtakes the
+  // response: so the client may finish first (RFC 9112, section 9.6).
+  request_.reset();
+  ::shutdown(client_.socket.fd.get(), SHUT_WR);
+  stage_ = Stage::lingering;
+  ++shared_.lingering;
+  linger_until_ = later(worker_.loop.now(), seconds(30));
+  deadline_ = later(worker_.loop.now(), seconds(2));
+  return {};
+}
+
+inline Connection::Step Connection::linger() {
+  for (int i = 0; i < WARMPROXY_OPERATIONS_PER_TURN; ++i) {
+    const auto now = worker_.loop.now();
+    if (now >= linger_until_) { return Next::close; }
+    if (!client_.socket.readable) {
+      return now >= deadline_ ? Next::close : Next::wait;
+    }
+    client_.received.clear();
+    const auto n = client_.received.receive(client_.socket);
+    if (n == 0 || (n < 0 && !would_block(errno))) { return Next::close; }
+    if (n > 0) { deadline_ = later(now, seconds(2)); }
+  }
+  return Next::yield;
+}
+
+// ---- Server: accepting, draining, the event loops' threads
+// -------------------
+
+// Binds with cpp-httplib, which resolves the host. Its accept loop is not used:
+// it ends for good on ECONNABORTED (a client that resets before it is accepted)
+// and spins on EMFILE.
+class Binder : private httplib::Server {
+public:
+  Binder() {
+    // cpp-httplib's default is SO_REUSEPORT: a second proxy on the same port
+    // would take half the connections and never be noticed.
+    set_socket_options([](socket_t fd) {
+      detail::set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+    });
+  }
+
+  // Returns the port, 0 being a free one, or -1.
+  int bind(const std::string &host, int port, Descriptor &socket) {
+    if (port == 0) {
+      port = bind_to_any_port(host);
+    } else if (!bind_to_port(host, port)) {
+      port = -1;
+    }
+    if (port >= 0) { socket.reset(svr_sock_.exchange(INVALID_SOCKET)); }
+    return port;
+  }
 };
 
-[[noreturn]] inline void become_target(const Launch &launch) {
-  ::setpgid(0, 0);
-#ifdef __linux__
-  ::prctl(PR_SET_PDEATHSIG, SIGKILL);
-  if (::getppid() != launch.parent) { ::_exit(127); } // we died just before
-#endif
-  const pid_t self = ::getpid();
-  if (::write(launch.guard, &self, sizeof(self)) < 0) {}
-  for (int number = 1; number < NSIG; ++number) { // httplib ignores SIGPIPE
-    ::signal(number, SIG_IGN);                    // what is pending is for us
-    ::signal(number, SIG_DFL);
+class Server {
+public:
+  Server(const Config &config, const Log &log, Supervisor &supervisor,
+         Vercel *vercel, OwnRoutes &routes);
+  ~Server();
+
+  // Returns the port, 0 being a free one, or -1, and errno where it is known.
+  int bind(const std::string &host, int port);
+  // Serves until stop(), drains, and returns once the target has stopped. False
+  // if nothing can be accepted any more.
+  bool run();
+  // From any thread.
+  void stop();
+  std::size_t connections() const { return shared_.connections(); }
+  void set_pre_routing_handler(httplib::Server::HandlerWithResponse handler) {
+    shared_.pre_routing_handler = std::move(handler);
   }
-  sigset_t none;
-  ::sigemptyset(&none);
-  ::sigprocmask(SIG_SETMASK, &none, nullptr);
-  ::setrlimit(RLIMIT_NOFILE, &launch.files);
-  const int null = ::open("/dev/null", O_RDONLY);
-  if (null > 0) { ::dup2(null, 0); }
-  close_from(3, true);
-  if (!launch.directory || ::chdir(launch.directory) == 0) {
-    ::execve(launch.path, launch.arguments, launch.environment);
+
+private:
+  void notify_all();
+  void run_loops(std::vector<std::thread> &threads);
+  bool accept_until_stopped();
+  void drain();
+  void close_idle_upstreams();
+  std::size_t capacity() const;
+  bool accept_batch();
+  bool accept_one();
+  bool may_accept() const;
+  bool make_room();
+  void log_full(std::size_t count);
+
+  Shared shared_;
+  Socket listening_;
+  std::size_t running_ = 1; // of the workers; the first one accepts, too
+  std::atomic<bool> over_{false};
+  Time paused_until_{};
+  Time log_full_at_{};
+};
+
+inline Server::Server(const Config &config, const Log &log,
+                      Supervisor &supervisor, Vercel *vercel, OwnRoutes &routes)
+    : shared_(config, log, supervisor, vercel, routes) {
+  const auto cpus = std::thread::hardware_concurrency();
+  const auto count = std::clamp<unsigned>(cpus, 1, WARMPROXY_MAX_LOOPS);
+  for (unsigned i = 0; i < count; ++i) {
+    shared_.workers.push_back(std::make_unique<Worker>(shared_));
   }
-  const int error = errno;
-  if (::write(launch.report, &error, sizeof(error)) < 0) {}
-  ::_exit(127);
+  supervisor.on_change([this] { notify_all(); });
+  supervisor.before_stop([this] { close_idle_upstreams(); });
 }
 
-inline bool Supervisor::spawn(std::string &error) {
-  namespace fs = std::filesystem;
-  auto path = find_binary(options_.binary);
-  auto directory = options_.directory;
-  if (path.empty()) {
-    error = "there is no such program";
-    return false;
-  }
-  if (!port_) {
-    error = "there is no free port";
-    return false;
-  }
-  if (!options_.scratch.empty()) {
-    try {
-      const auto from = fs::canonical(directory.empty() ? "." : directory);
-      const auto to = fs::absolute(options_.scratch);
-      if (!std::exchange(scratched_, true)) { copy_to_scratch(from, to); }
-      const auto within = fs::path(path).lexically_relative(from);
-      if (*within.begin() != "..") { path = to / within; }
-      directory = to;
-    } catch (const fs::filesystem_error &e) {
-      scratched_ = false;
-      log_(concat("cannot copy to scratch: ", e.what()));
-      error = concat("no copy in scratch: ", e.code().message());
-      return false;
-    }
-  }
+inline Server::~Server() {
+  shared_.supervisor.on_change({});
+  shared_.supervisor.before_stop({});
+}
 
-  const auto port = std::to_string(port_);
-  std::vector<std::string> arguments{options_.binary};
-  arguments.insert(arguments.end(), options_.args.begin(), options_.args.end());
-  for (auto &argument : arguments) {
-    replace_all(argument, "{port}", port);
-  }
-  std::map<std::string, std::string> variables;
-  for (auto variable = environ; *variable; ++variable) {
-    const std::string_view text = *variable;
-    const auto name = text.substr(0, text.find('='));
-    if (name.size() == text.size() || starts_with(name, "WARMPROXY_") ||
-        name == "VERCEL_IPC_PATH" || name == "HOST") { // HOST is for us
-      continue;
-    }
-    variables[std::string(name)] = text.substr(name.size() + 1);
-  }
-  variables["PORT"] = port;
-  for (auto [name, value] : options_.env) {
-    replace_all(value, "{port}", port);
-    variables[name] = value;
-  }
-  std::vector<std::string> environment;
-  for (const auto &[name, value] : variables) {
-    environment.push_back(concat(name, "=", value));
-  }
-  const auto pointers = [](std::vector<std::string> &texts) {
-    std::vector<char *> all;
-    for (auto &text : texts) {
-      all.push_back(text.data());
-    }
-    all.push_back(nullptr);
-    return all;
-  };
-  const auto argv = pointers(arguments), envp = pointers(environment);
-
-  Descriptor reading, writing;
-  if (!make_pipe(reading, writing)) {
-    error = std::strerror(errno);
-    return false;
-  }
-  const Launch launch{
-      path.c_str(),  argv.data(),
-      envp.data(),   directory.empty() ? nullptr : directory.c_str(),
-      guard_.pipe(), writing.get(),
-      ::getpid(),    files_};
-  // No handler of ours may run in the child.
-  sigset_t all, before;
-  ::sigfillset(&all);
-  ::pthread_sigmask(SIG_SETMASK, &all, &before);
-  const pid_t pid = ::vfork();
-  if (pid == 0) { become_target(launch); }
-  int failure = pid < 0 ? errno : 0;
-  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  writing.reset();
-  if (pid > 0 &&
-      ::read(reading.get(), &failure, sizeof(failure)) == sizeof(failure)) {
-    while (::waitpid(pid, nullptr, 0) < 0 && errno == EINTR) {}
-    tell_guard(0);
-  }
-  if (failure) {
-    error = std::strerror(failure);
-    return false;
-  }
-#if defined(__linux__) && defined(SYS_pidfd_open)
-  pidfd_.reset(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
+inline int Server::bind(const std::string &host, int port) {
+  shared_.port = Binder().bind(host, port, listening_.fd);
+  if (shared_.port < 0) { return -1; }
+  const int fd = listening_.fd.get();
+  ::fcntl(fd, F_SETFL, O_NONBLOCK);
+  ::fcntl(fd, F_SETFD, FD_CLOEXEC);
+  // Old cpp-httplib has a backlog of 5: of many first requests at once, the
+  // sixth would have to wait a second for its next SYN.
+  ::listen(fd, SOMAXCONN);
+  // Accepted connections inherit these options (on Linux).
+  set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+  set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1); // finds clients that died
+#ifdef __linux__
+  set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, 60);
 #endif
-  const std::lock_guard<std::mutex> lock(mutex_);
-  pid_ = pid;
+  return shared_.port;
+}
+
+inline bool Server::run() {
+  if (!listening_.fd) { return false; }
+  std::vector<std::thread> threads;
+  run_loops(threads);
+  shared_.routes.start();
+  const bool good = accept_until_stopped();
+  drain();
+  over_ = true;
+  notify_all();
+  for (auto &thread : threads) {
+    thread.join();
+  }
+  shared_.routes.stop();
+  return good;
+}
+
+inline void Server::run_loops(std::vector<std::thread> &threads) {
+  try {
+    for (; running_ < shared_.workers.size(); ++running_) {
+      threads.emplace_back([this, &loop = shared_.workers[running_]->loop] {
+        while (!over_) {
+          loop.turn(Time::max());
+        }
+      });
+    }
+  } catch (const std::system_error &) {} // no more threads: fewer will do
+}
+
+inline void Server::stop() {
+  shared_.draining = true;
+  notify_all();
+}
+
+inline void Server::notify_all() {
+  for (const auto &worker : shared_.workers) {
+    worker->loop.notify();
+  }
+}
+
+// A target that is to end may wait for the end of its connections first. Called
+// by the supervisor's thread; a loop that does not run has no idle ones.
+inline void Server::close_idle_upstreams() {
+  shared_.close_idle_upstreams();
+  const auto idle = [this] {
+    std::size_t count = 0;
+    for (const auto &worker : shared_.workers) {
+      count += worker->pool.idle_count();
+    }
+    return count;
+  };
+  const auto deadline = SteadyClock::now() + milliseconds(100);
+  while (idle() && SteadyClock::now() < deadline) {
+    ::poll(nullptr, 0, 1);
+  }
+}
+
+// ---- Server: accepting
+
+inline bool Server::accept_until_stopped() {
+  auto &loop = shared_.workers.front()->loop;
+  bool good = loop.watch(listening_);
+  while (good && !shared_.draining) {
+    loop.turn(listening_.readable && !shared_.waiting_for_end ? paused_until_
+                                                              : Time::max());
+    good = accept_batch();
+  }
+  // Whoever has connected by now is served, later ones are refused.
+  listening_.readable = good;
+  while (listening_.readable && may_accept() && accept_batch()) {}
+  loop.forget(listening_);
+  listening_.fd.reset();
+  return good;
+}
+
+inline bool Server::may_accept() const {
+  return listening_.readable && !shared_.waiting_for_end &&
+         shared_.workers.front()->loop.now() >= paused_until_;
+}
+
+// Accepts what has arrived, but not for so long that clients have to wait.
+// False if nothing can be accepted any more.
+inline bool Server::accept_batch() {
+  shared_.waiting_for_end = false;
+  for (int i = 0; i < 64 && may_accept(); ++i) {
+    // Over the limit there is room for a few that are only told so. When that
+    // is taken as well, the others wait in the backlog. The flag is set before
+    // counting, or the last connection to end might not see it.
+    shared_.waiting_for_end = true;
+    if (connections() >= capacity() + 16) { return true; }
+    shared_.waiting_for_end = false;
+    if (!accept_one()) { return false; }
+  }
   return true;
 }
 
-inline void Supervisor::tell_guard(pid_t group) const {
-  if (::write(guard_.pipe(), &group, sizeof(group)) < 0) {}
-}
-
-inline Guard::Guard() {
-  Descriptor reading;
-  if (!make_pipe(reading, pipe_)) { return; }
-  sigset_t all, before;
-  ::sigfillset(&all);
-  ::pthread_sigmask(SIG_SETMASK, &all, &before);
-  pid_ = ::fork();
-  if (pid_ == 0) {
-    ::setsid(); // whoever kills our group shall not have killed it first
-    ::dup2(reading.get(), 0);
-    close_from(1, false);
-    pid_t group = 0;
-    while (::read(0, &group, sizeof(group)) == sizeof(group)) {}
-    if (group > 0) { ::kill(-group, SIGKILL); }
-    ::_exit(0);
+inline bool Server::accept_one() {
+  SocketAddress address;
+#ifdef SOCK_CLOEXEC
+  Descriptor client(::accept4(listening_.fd.get(), address.get(), &address.size,
+                              SOCK_CLOEXEC));
+#else
+  Descriptor client(
+      ::accept(listening_.fd.get(), address.get(), &address.size));
+#endif
+  if (!client) {
+    switch (errno) {
+    case EAGAIN: listening_.readable = false; return true;
+    case EINTR:
+    case ECONNABORTED: return true;
+    case EBADF:
+    case EINVAL:
+    case ENOTSOCK: return false;
+    default: // out of descriptors or memory: the end of a connection may help
+      paused_until_ =
+          later(shared_.workers.front()->loop.now(), milliseconds(100));
+      return true;
+    }
   }
-  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  if (pid_ < 0) { pipe_.reset(); }
+  const bool over_limit = connections() >= capacity() && !make_room();
+  if (over_limit) { log_full(connections()); }
+  const auto end =
+      shared_.workers.begin() + static_cast<std::ptrdiff_t>(running_);
+  const auto &worker = *std::min_element(
+      shared_.workers.begin(), end, [](const auto &a, const auto &b) {
+        return a->loop.size() < b->loop.size();
+      });
+  worker->loop.post(std::make_unique<Connection>(*worker, std::move(client),
+                                                 address, over_limit));
+  return true;
 }
 
-inline Guard::~Guard() {
-  pipe_.reset();
-  if (pid_ > 0) {
-    while (::waitpid(pid_, nullptr, 0) < 0 && errno == EINTR) {}
+// Has the client connection that has been idle for longest closed. False if
+// none is idle.
+inline bool Server::make_room() {
+  const auto &worker = *std::min_element(
+      shared_.workers.begin(), shared_.workers.end(),
+      [](const auto &a, const auto &b) {
+        return a->idle_clients.longest() < b->idle_clients.longest();
+      });
+  if (worker->idle_clients.longest() == Time::max()) { return false; }
+  worker->idle_clients.make_room();
+  return true;
+}
+
+// Two descriptors for each connection, and some for the rest of us: each loop
+// has three and WARMPROXY_SPARE_UPSTREAMS, the supervisor about ten.
+inline std::size_t Server::capacity() const {
+  const auto most = shared_.config.max_connections;
+  rlimit files{};
+  if (::getrlimit(RLIMIT_NOFILE, &files) != 0) { return most; }
+  const auto room = files.rlim_cur > 64 ? (files.rlim_cur - 48) / 2 : 8;
+  return static_cast<std::size_t>(std::min<rlim_t>(room, most));
+}
+
+inline void Server::log_full(std::size_t count) {
+  const auto now = shared_.workers.front()->loop.now();
+  if (now < log_full_at_) { return; }
+  log_full_at_ = later(now, seconds(10));
+  shared_.log(concat("too many connections: ", decimal(count),
+                     " are open and none is idle: further ones get 503 (see "
+                     "WARMPROXY_MAX_CONNECTIONS and the limit on open files)"));
+}
+
+// ---- Server: draining
+
+// One budget, stop_timeout. Requests may finish; when only those are left that
+// the target itself has to end, or half of the budget is used, the target gets
+// SIGTERM. What is left at the end of the budget is aborted.
+inline void Server::drain() {
+  auto &supervisor = shared_.supervisor;
+  auto &loop = shared_.workers.front()->loop;
+  const auto budget = clamped(shared_.config.stop_timeout);
+  const auto began = SteadyClock::now();
+  const auto deadline = began + budget;
+  bool stopping = false;
+  shared_.draining = true;
+  shared_.waiting_for_end = true;
+  supervisor.drain();
+  notify_all();
+  while (const auto count = connections()) {
+    const auto now = SteadyClock::now();
+    if (!stopping && (count <= shared_.endless + shared_.lingering ||
+                      now >= began + budget / 2)) {
+      stopping = true;
+      supervisor.stop(deadline);
+    }
+    if (now >= deadline && !shared_.aborting.exchange(true)) {
+      shared_.log(concat("aborted ", decimal(count),
+                         " connections: not finished "
+                         "within ",
+                         in_seconds(budget),
+                         " s (see WARMPROXY_STOP_TIMEOUT)"));
+      shared_.routes.abort();
+      notify_all();
+    }
+    const auto next = stopping ? deadline : began + budget / 2;
+    loop.turn(loop.now() + (next > now ? next - now : max_wait));
   }
+  // This loop's own idle connections; the supervisor has the others closed.
+  shared_.close_idle_upstreams();
+  loop.turn(loop.now());
+  supervisor.stop(deadline);
+  supervisor.join();
 }
 
-/*
- * Vercel
- */
+// ---- Settings: the environment and the command line -------------------------
 
-inline std::unique_ptr<Vercel> Vercel::connect() {
-  const char *path = std::getenv("VERCEL_IPC_PATH");
-  sockaddr_un address{};
-  if (!path || std::strlen(path) >= sizeof(address.sun_path)) { return {}; }
-  address.sun_family = AF_UNIX;
-  std::strcpy(address.sun_path, path);
-  auto vercel = std::make_unique<Vercel>();
-  vercel->socket_ = new_socket(AF_UNIX);
-  if (::connect(vercel->socket_.get(), reinterpret_cast<sockaddr *>(&address),
-                sizeof(address)) != 0) {
-    return {};
-  }
-  return vercel;
-}
-
-inline void Vercel::started(milliseconds took, int port) {
-  send(concat("{\"type\":\"server-started\",\"payload\":{\"initDuration\":",
-              std::to_string(took.count()),
-              ",\"httpPort\":", std::to_string(port), "}}"));
-}
-
-inline void Vercel::end(std::string_view invocation, std::string_view request) {
-  std::uint64_t number = 0; // stays 0 where there is none
-  to_number(request, number);
-  send(concat("{\"type\":\"end\",\"payload\":{\"context\":{\"invocationId\":",
-              json_string(invocation),
-              ",\"requestId\":", std::to_string(number), "}}}"));
-}
-
-inline void Vercel::unrecoverable(int exit_code, std::string_view message) {
-  send(concat("{\"type\":\"unrecoverable-error\",\"payload\":{\"exitCode\":",
-              std::to_string(exit_code), ",\"message\":", json_string(message),
-              "}}"));
-}
-
-inline void Vercel::send(std::string message) {
-  message += '\0';
-  const std::lock_guard<std::mutex> lock(mutex_); // whole, or they mix
-  waiting_ += message;
-  flush();
-  if (waiting_.empty()) { return; }
-  // The platform's pace is not to be that of every request.
-  if (!writer_.joinable()) {
-    writer_ = std::thread([this] { write_waiting(); });
-  }
-  more_.notify_one();
-}
-
-// Sends what can be sent now. Under mutex_.
-inline void Vercel::flush() {
-  while (!waiting_.empty()) {
-    const auto n =
-        ::send(socket_.get(), waiting_.data(), waiting_.size(), MSG_DONTWAIT);
-    if (n < 0 && would_block(errno)) { return; }
-    // Should nobody listen any more, nobody misses it.
-    waiting_.erase(0, n > 0 ? static_cast<std::size_t>(n) : waiting_.npos);
-  }
-}
-
-inline void Vercel::write_waiting() {
-  std::unique_lock<std::mutex> lock(mutex_);
-  for (;;) {
-    more_.wait(lock, [this] { return over_ || !waiting_.empty(); });
-    if (waiting_.empty()) { return; }
-    lock.unlock();
-    pollfd fds[] = {{socket_.get(), POLLOUT, 0}};
-    const bool ready = wait_for(fds, Clock::now() + std::chrono::seconds(2));
-    lock.lock();
-    if (over_ && !ready) { return; } // it had its time
-    flush();
-  }
-}
-
-inline Vercel::~Vercel() {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    over_ = true;
-    more_.notify_one();
-  }
-  if (writer_.joinable()) { writer_.join(); }
-}
-
-/*
- * The environment
- */
-
-// Splits as a POSIX shell would, without expansions.
+// Splits as a POSIX shell would, without expansions. False if a quote is left
+// open.
 inline bool split_words(std::string_view text,
                         std::vector<std::string> &words) {
   words.clear();
-  bool inside = false; // of a word
+  bool in_word = false;
   char quote = '\0';
   for (std::size_t i = 0; i < text.size(); ++i) {
     const char c = text[i];
     if (c == '\\' && quote != '\'' && text.substr(i + 1, 1) == "\n") {
-      ++i; // the line goes on
+      ++i; // the line is continued
       continue;
     }
     if (!quote && (c == ' ' || c == '\t' || c == '\n')) {
-      inside = false;
+      in_word = false;
       continue;
     }
-    if (!std::exchange(inside, true)) { words.emplace_back(); }
+    if (!std::exchange(in_word, true)) { words.emplace_back(); }
     if (c == '\\' && quote != '\'') {
       if (++i == text.size()) { return false; }
-      // Between double quotes, it is one only before these.
+      // Between double quotes, it escapes only these.
       if (quote && !contains("\"\\$`", text.substr(i, 1))) {
         words.back() += c;
       }
@@ -3888,275 +7971,707 @@ inline bool split_words(std::string_view text,
   return !quote;
 }
 
-inline bool read(std::string_view text, std::string &field) {
-  field = text;
-  return true;
+inline bool has_nul(std::string_view text) {
+  return contains(text, std::string_view("\0", 1));
 }
 
-inline bool read(std::string_view text, std::vector<std::string> &field) {
-  field.clear();
-  for_each_of(text, [&](std::string_view item) { field.emplace_back(item); });
-  return true;
-}
+// ---- Settings: kinds of values
 
-inline bool read(std::string_view text, bool &field) {
-  const auto is_one_of = [text](std::initializer_list<const char *> words) {
-    return std::any_of(words.begin(), words.end(),
-                       [text](const char *word) { return same(text, word); });
-  };
-  field = is_one_of({"1", "true", "yes", "on"});
-  return field || is_one_of({"0", "false", "no", "off"});
-}
+// A kind of value: how to read it from text, which values are valid, and what
+// to call a valid one. A Proxy checks what a program has set by the same rules.
 
-inline bool read(std::string_view text, int &field) { // a port
-  return to_number(text, field) && field <= 65535;
-}
-
-inline bool read(std::string_view text, std::size_t &field) {
-  return to_number(text, field) && field > 0;
-}
-
-template <typename Period>
-bool read(std::string_view text,
-          std::chrono::duration<std::int64_t, Period> &field) {
-  const auto digits =
-      std::min(text.find_first_not_of("0123456789"), text.size());
-  const auto unit = text.substr(digits);
-  std::int64_t number = 0, factor = 0;
-  for (const auto &[name, value] : {std::pair<const char *, int>{"ms", 1},
-                                    {"s", 1000},
-                                    {"m", 60000},
-                                    {"h", 3600000},
-                                    {"d", 86400000}}) {
-    if (unit == name) { factor = value; }
+struct TextSetting { // what the kernel or the resolver gets
+  static constexpr auto what = "text without a NUL";
+  static bool read(std::string_view text, std::string &value) {
+    value = text;
+    return true;
   }
-  // No more than has room in the nanoseconds of a clock.
-  if (!to_number(text.substr(0, digits), number) ||
-      (!factor && (number || !unit.empty())) ||
-      (factor && number > std::int64_t{1000000000000} / factor)) {
-    return false;
-  }
-  const milliseconds time(number * factor);
-  field =
-      std::chrono::duration_cast<std::chrono::duration<std::int64_t, Period>>(
-          time);
-  return field == time; // no half seconds where whole ones are counted
-}
-
-template <auto Field> bool setting(std::string_view text, Options &options) {
-  return read(text, options.*Field);
-}
-
-template <auto Field> bool path(std::string_view text, Options &options) {
-  return read(text, options.*Field) && (text.empty() || text[0] == '/');
-}
-
-struct Setting {
-  const char *variable;
-  bool (*read)(std::string_view text, Options &options);
+  static bool is_valid(const std::string &value) { return !has_nul(value); }
 };
 
-// What options_from_env() reads and --help names.
-inline constexpr Setting settings[] = {
-    {"WARMPROXY_BINARY", setting<&Options::binary>},
-    {"WARMPROXY_ARGS",
-     [](std::string_view text, Options &options) {
-       return split_words(text, options.args);
-     }},
-    {"WARMPROXY_TARGET_PORT", setting<&Options::target_port>},
-    {"WARMPROXY_DIRECTORY", setting<&Options::directory>},
-    {"WARMPROXY_SCRATCH", setting<&Options::scratch>},
-    {"WARMPROXY_STRIP_PREFIX", setting<&Options::strip_prefix>},
-    {"WARMPROXY_PREWARM", setting<&Options::prewarm>},
-    {"WARMPROXY_HEALTH_PATH", path<&Options::health_path>},
-    {"WARMPROXY_STARTUP_TIMEOUT", setting<&Options::startup_timeout>},
-    {"WARMPROXY_STOP_TIMEOUT", setting<&Options::stop_timeout>},
-    {"WARMPROXY_IDLE_STOP", setting<&Options::idle_stop>},
-    {"WARMPROXY_MAX_CONNECTIONS", setting<&Options::max_connections>},
-    {"WARMPROXY_CORS_ORIGINS", setting<&Options::cors_origins>},
-    {"WARMPROXY_CDN_CACHE", setting<&Options::cdn_cache>},
-    {"WARMPROXY_WAITING_PAGE_AFTER", setting<&Options::waiting_page_after>},
-    {"WARMPROXY_STATUS_PATH", path<&Options::status_path>},
-    {"PORT", setting<&Options::port>},
-    {"HOST", setting<&Options::host>}};
+struct PrefixSetting : TextSetting { // it goes into header lines
+  static constexpr auto what = "a path without blanks and control characters";
+  static bool is_valid(const std::string &value) {
+    return !contains(value, " ") && !contains(value, "\t") &&
+           !has_control(value);
+  }
+};
 
-// The first setting that cannot be read is left in Options::error.
+struct PathSetting : TextSetting {
+  static constexpr auto what =
+      "a path that begins with '/', without blanks and control characters";
+  static bool is_valid(const std::string &value) {
+    return value.empty() || (value[0] == '/' && PrefixSetting::is_valid(value));
+  }
+};
+
+struct WordsSetting {
+  static constexpr auto what = "a list of arguments with all quotes closed";
+  static bool read(std::string_view text, std::vector<std::string> &value) {
+    return split_words(text, value);
+  }
+  static bool is_valid(const std::vector<std::string> &value) {
+    return std::none_of(value.begin(), value.end(), has_nul);
+  }
+};
+
+struct OriginsSetting {
+  static constexpr auto what =
+      "a list of origins, such as https://example.org, or *";
+  static bool read(std::string_view text, std::vector<std::string> &value) {
+    value.clear();
+    for_each_element(text, [&](auto origin) { value.emplace_back(origin); });
+    return true;
+  }
+  static bool is_valid(const std::vector<std::string> &value) {
+    return std::all_of(value.begin(), value.end(), is_origin);
+  }
+  // RFC 6454, section 6.2: what browsers send, which has no path.
+  static bool is_origin(std::string_view text) {
+    const auto colon = text.find("://");
+    if (colon == std::string_view::npos) {
+      return text == "*" || text == "null";
+    }
+    const auto scheme = text.substr(0, colon), host = text.substr(colon + 3);
+    return is_token(scheme) && !host.empty() &&
+           std::all_of(host.begin(), host.end(), [](char c) {
+             return (is_token(c) && c != '*') || contains("[:]", {&c, 1});
+           });
+  }
+};
+
+struct FlagSetting {
+  static constexpr auto what = "1 or 0, true or false, yes or no, on or off";
+  static bool read(std::string_view text, bool &value) {
+    const auto is_one_of = [text](std::initializer_list<const char *> words) {
+      return std::any_of(words.begin(), words.end(), [text](auto word) {
+        return equals_ignore_case(text, word);
+      });
+    };
+    value = is_one_of({"1", "true", "yes", "on"});
+    return value || is_one_of({"0", "false", "no", "off"});
+  }
+  static bool is_valid(bool) { return true; }
+};
+
+struct PortSetting {
+  static constexpr auto what = "a port (0 to 65535)";
+  static bool read(std::string_view text, int &value) {
+    return to_number(text, value);
+  }
+  static bool is_valid(int value) { return value >= 0 && value <= 65535; }
+};
+
+struct TargetPortSetting {
+  static constexpr auto what = "a port (0 to 65535) or auto";
+  static bool read(std::string_view text, int &value) {
+    if (text == "auto") { return value = any_port, true; }
+    return to_number(text, value);
+  }
+  static bool is_valid(int value) {
+    return value == any_port || PortSetting::is_valid(value);
+  }
+};
+
+struct CountSetting {
+  static constexpr auto what = "a number above 0";
+  static bool read(std::string_view text, std::size_t &value) {
+    return to_number(text, value);
+  }
+  static bool is_valid(std::size_t value) { return value > 0; }
+};
+
+struct DurationSetting {
+  static constexpr auto what = "a duration, such as 500ms, 45s, 10m, 2h or 30d";
+  template <typename Duration>
+  static bool read(std::string_view text, Duration &value) {
+    static constexpr std::pair<std::string_view, std::int64_t> units[] = {
+        {"ms", 1},
+        {"s", 1000},
+        {"m", 60 * 1000},
+        {"h", 3600 * 1000},
+        {"d", 86400000}};
+    const auto digits =
+        std::min(text.find_first_not_of("0123456789"), text.size());
+    std::int64_t number = 0;
+    if (!to_number(text.substr(0, digits), number)) { return false; }
+    for (const auto &[name, factor] : units) {
+      if (text.substr(digits) != name) { continue; }
+      // At most thirty years, which fit the nanoseconds of a clock.
+      if (number > std::int64_t{1000000000000} / factor) { return false; }
+      const milliseconds time(number * factor);
+      value = std::chrono::duration_cast<Duration>(time);
+      return value == time; // no half seconds where seconds are counted
+    }
+    value = Duration(0);
+    return number == 0 && digits == text.size();
+  }
+  template <typename Duration> static bool is_valid(Duration value) {
+    return value.count() >= 0;
+  }
+};
+
+struct PositiveDurationSetting : DurationSetting {
+  static constexpr auto what =
+      "a duration above 0, such as 500ms, 45s, 10m, 2h or 30d";
+  static bool is_valid(milliseconds value) { return value.count() > 0; }
+};
+
+// ---- Settings: the table
+
+// A field of Options, the variable that sets it, and what --help says of it.
+struct Setting {
+  const char *variable;
+  const char *help;
+  const char *what; // a valid value is
+  bool (*read)(std::string_view text, Options &options);
+  bool (*is_valid)(const Options &options);
+
+  // "startup_timeout" of "WARMPROXY_STARTUP_TIMEOUT", "port" of "PORT"
+  std::string field() const {
+    std::string name = variable;
+    replace_all(name, "WARMPROXY_", "");
+    std::transform(name.begin(), name.end(), name.begin(), to_lower);
+    return name;
+  }
+};
+
+template <auto Field, typename Kind>
+constexpr Setting setting(const char *variable, const char *help) {
+  return {
+      variable, help, Kind::what,
+      [](std::string_view text, Options &options) {
+        return Kind::read(text, options.*Field);
+      },
+      [](const Options &options) { return Kind::is_valid(options.*Field); }};
+}
+
+inline constexpr Setting settings[] = {
+    setting<&Options::binary, TextSetting>("WARMPROXY_BINARY",
+                                           "the program to run"),
+    setting<&Options::args, WordsSetting>(
+        "WARMPROXY_ARGS", "its arguments, quoted as in a shell"),
+    setting<&Options::target_port, TargetPortSetting>(
+        "WARMPROXY_TARGET_PORT",
+        "its port; 0: a free one; auto: its own choice"),
+    setting<&Options::directory, TextSetting>("WARMPROXY_DIRECTORY",
+                                              "its working directory"),
+    setting<&Options::scratch, TextSetting>(
+        "WARMPROXY_SCRATCH", "where to make a writable copy of that"),
+    setting<&Options::strip_prefix, PrefixSetting>(
+        "WARMPROXY_STRIP_PREFIX", "path prefix to remove from requests"),
+    setting<&Options::prewarm, FlagSetting>(
+        "WARMPROXY_PREWARM", "1: do not wait for the first request"),
+    setting<&Options::health_path, PathSetting>(
+        "WARMPROXY_HEALTH_PATH", "path of the readiness probe; empty: connect"),
+    setting<&Options::startup_timeout, PositiveDurationSetting>(
+        "WARMPROXY_STARTUP_TIMEOUT", "how long a start may take"),
+    setting<&Options::stop_timeout, DurationSetting>(
+        "WARMPROXY_STOP_TIMEOUT", "how long draining and stopping may take"),
+    setting<&Options::idle_stop, DurationSetting>(
+        "WARMPROXY_IDLE_STOP", "stop after so long without requests; 0: never"),
+    setting<&Options::background_work, DurationSetting>(
+        "WARMPROXY_BACKGROUND_WORK",
+        "Vercel: how long work goes on after writes"),
+    setting<&Options::max_connections, CountSetting>(
+        "WARMPROXY_MAX_CONNECTIONS", "simultaneous client connections"),
+    setting<&Options::keep_alive_timeout, DurationSetting>(
+        "WARMPROXY_KEEP_ALIVE_TIMEOUT", "of idle client connections; 0: never"),
+    setting<&Options::trust_proxy, FlagSetting>(
+        "WARMPROXY_TRUST_PROXY", "1: believe forwarding headers of clients"),
+    setting<&Options::cors_origins, OriginsSetting>(
+        "WARMPROXY_CORS_ORIGINS",
+        "origins that may use it, with commas; *: any"),
+    setting<&Options::cdn_cache, DurationSetting>(
+        "WARMPROXY_CDN_CACHE", "how long a CDN may keep scripts and styles"),
+    setting<&Options::waiting_page_after, DurationSetting>(
+        "WARMPROXY_WAITING_PAGE_AFTER", "when browsers see one; 0: never"),
+    setting<&Options::status_path, PathSetting>("WARMPROXY_STATUS_PATH",
+                                                "path of status and metrics"),
+    setting<&Options::port, PortSetting>("PORT",
+                                         "where we listen; 0: a free port"),
+    setting<&Options::host, TextSetting>("HOST",
+                                         "the address on which we listen")};
+
+// Reads the variables for which `lookup` returns a value, not null. The first
+// one that cannot be read is named in Options::error.
 template <typename Lookup>
 Options read_settings(Options options, Lookup &&lookup) {
+  if (lookup("WARMPROXY_BINARY")) { // the others belong to another program
+    options.args.clear();
+    options.target_port = 0;
+  }
   for (const auto &setting : settings) {
     const char *text = lookup(setting.variable);
-    if (text && !setting.read(text, options) && options.error.empty()) {
+    if (text && options.error.empty() &&
+        !(setting.read(text, options) && setting.is_valid(options))) {
       options.error =
-          concat(setting.variable, "=\"", text, "\" cannot be read");
+          concat(setting.variable, "=\"", text, "\" is not ", setting.what);
     }
   }
   return options;
 }
 
+inline bool is_variable(const std::pair<const std::string, std::string> &v) {
+  return !v.first.empty() && !contains(v.first, "=") && !has_nul(v.first) &&
+         !has_nul(v.second);
+}
+
+inline bool has_port(std::string_view text) { return contains(text, "{port}"); }
+
+// Returns nothing, or what cannot be served, naming the field.
+inline std::string validate(const Options &options) {
+  if (!options.error.empty()) { return options.error; }
+  for (const auto &setting : settings) {
+    if (!setting.is_valid(options)) {
+      return concat("Options::", setting.field(), " is not ", setting.what);
+    }
+  }
+  if (options.binary.empty()) {
+    return "Options::binary is empty: set it or WARMPROXY_BINARY";
+  }
+  bool port_used =
+      std::any_of(options.args.begin(), options.args.end(), has_port);
+  for (const auto &variable : options.env) {
+    if (!is_variable(variable)) {
+      return concat("Options::env has a variable that cannot exist: \"",
+                    variable.first, "\"");
+    }
+    port_used |= has_port(variable.second);
+  }
+  if (options.target_port == any_port && port_used) {
+    return "Options::target_port (WARMPROXY_TARGET_PORT) is auto: {port} in "
+           "Options::args or Options::env has no value";
+  }
+  std::error_code error;
+  if (!options.directory.empty() &&
+      !std::filesystem::is_directory(options.directory, error)) {
+    return concat("Options::directory (WARMPROXY_DIRECTORY) \"",
+                  options.directory,
+                  "\": ", error ? error.message() : error_text(ENOTDIR));
+  }
+  return {};
+}
+
+// ---- Settings: unknown variables
+
+// A warning for a variable ("NAME=value") that looks like a setting but is
+// none; empty for all others.
+inline std::string unknown_setting(std::string_view variable) {
+  const auto name = until(variable, '=');
+  // Kubernetes sets the second and third for a Service named "warmproxy".
+  if (!starts_with(name, "WARMPROXY_") || starts_with(name, "WARMPROXY_PORT") ||
+      starts_with(name, "WARMPROXY_SERVICE_") ||
+      std::any_of(std::begin(settings), std::end(settings),
+                  [name](const auto &s) { return name == s.variable; })) {
+    return {};
+  }
+  return printable(concat(name, " is not a setting: ignored; see --help"));
+}
+
+// ---- Settings: the command line
+
+struct CommandLine {
+  enum class Action { serve, help, version, refuse } action = Action::serve;
+  std::vector<std::string> command; // instead of Options::binary and args
+};
+
+// Our own options end with the first argument that is none, or with "--".
+inline CommandLine read_command_line(int argc, const char *const *argv) {
+  using Action = CommandLine::Action;
+  if (argc < 2) { return {}; }
+  const std::string_view first = argv[1];
+  if (first == "--help" || first == "-h") { return {Action::help, {}}; }
+  if (first == "--version") { return {Action::version, {}}; }
+  if (first != "--" && starts_with(first, "-")) {
+    return {Action::refuse, {argv[1]}};
+  }
+  return {Action::serve, {argv + (first == "--" ? 2 : 1), argv + argc}};
+}
+
+// A command takes the place of the program. `lookup` as in read_settings().
+template <typename Lookup>
+void apply_command(std::vector<std::string> command, Options &options,
+                   Lookup &&lookup) {
+  if (command.empty()) { return; }
+  options.binary = std::move(command.front());
+  options.args.assign(std::make_move_iterator(command.begin() + 1),
+                      std::make_move_iterator(command.end()));
+  if (!lookup("WARMPROXY_TARGET_PORT")) { options.target_port = 0; }
+}
+
+inline std::string help_text() {
+  std::string text =
+      "warmproxy " WARMPROXY_VERSION ": a lazy-starting reverse proxy\n"
+      "\n"
+      "Usage: warmproxy [--] [PROGRAM [ARGUMENT]...]\n"
+      "       warmproxy --help | --version\n"
+      "\n"
+      "The first request starts PROGRAM, an HTTP server; warmproxy waits\n"
+      "until it is ready and proxies everything to it. In an ARGUMENT, {port}\n"
+      "is its port. The settings are variables of the environment:\n"
+      "\n";
+  for (const auto &setting : settings) {
+    std::string name = setting.variable;
+    name.resize(30, ' ');
+    append(text, "  ", name, setting.help, "\n");
+  }
+  return text += "\nDurations are 500ms, 45s, 10m, 2h or 30d.\n";
+}
 } // namespace detail
 
-/*
- * Proxy, options_from_env, serve
- */
+// ---- Proxy ------------------------------------------------------------------
 
-inline Proxy::Proxy(Options options, detail::Vercel *vercel)
-    : options_([&] {
-        if (options.error.empty() && options.binary.empty()) {
-          options.error = "Options::binary is empty";
-        }
-        if (!options.error.empty()) {
-          throw std::invalid_argument("warmproxy: " + options.error);
-        }
-        return std::move(options);
-      }()),
-      log_(options_.log ? options_.log : detail::log_to_stderr),
-      supervisor_(options_, log_),
-      listener_(options_, log_, supervisor_, vercel) {}
+namespace detail {
+
+inline Config make_config(Options options, bool on_vercel) {
+  Config config;
+  static_cast<Options &>(config) = std::move(options);
+  config.on_vercel = on_vercel;
+  config.prefix = normalized_prefix(config.strip_prefix);
+  return config;
+}
+
+} // namespace detail
+
+class Proxy::Impl {
+public:
+  // Throws std::system_error. `vercel` may be null.
+  Impl(detail::Config c, detail::Vercel *vercel)
+      : config(std::move(c)), log(config), supervisor(config, log),
+        server(config, log, supervisor, vercel, routes) {}
+  ~Impl();
+
+  int bind(const std::string &host, int port);
+  bool run();
+  void require_not_listening(const char *function) const;
+  // Serves until a signal of `signals`, which are blocked. Throws
+  // std::runtime_error.
+  void serve(const sigset_t &signals, detail::Vercel *vercel,
+             detail::SteadyClock::time_point began);
+
+  const detail::Config config;
+  const detail::Log log;
+  detail::Supervisor supervisor;
+  detail::OwnRoutes routes;
+  detail::Server server;
+
+private:
+  mutable std::mutex mutex_; // of all below
+  std::condition_variable stopped_;
+  bool listened_ = false; // run() was called
+  bool running_ = false;  // and has not returned
+};
+
+inline Proxy::Impl::~Impl() {
+  server.stop();
+  std::unique_lock<std::mutex> lock(mutex_);
+  stopped_.wait(lock, [this] { return !running_; });
+}
+
+inline int Proxy::Impl::bind(const std::string &host, int port) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return listened_ ? -1 : server.bind(host, port);
+}
+
+inline bool Proxy::Impl::run() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (std::exchange(listened_, true)) { return false; }
+    running_ = true;
+  }
+  struct Running {
+    ~Running() {
+      const std::lock_guard<std::mutex> lock(impl.mutex_);
+      impl.running_ = false;
+      impl.stopped_.notify_all(); // under the lock: ~Impl() may be waiting
+    }
+    Impl &impl;
+  } const running{*this};
+  if (config.prewarm) { supervisor.prewarm(); }
+  return server.run();
+}
+
+inline void Proxy::Impl::require_not_listening(const char *function) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (listened_) {
+    throw std::logic_error(detail::concat(
+        "warmproxy: Proxy::", function, "() must be called before listening"));
+  }
+}
+
+inline Proxy::Proxy(Options options) {
+  const auto error = detail::validate(options);
+  if (!error.empty()) { throw std::invalid_argument("warmproxy: " + error); }
+  impl_ = std::make_unique<Impl>(detail::make_config(std::move(options), false),
+                                 nullptr);
+}
+
+inline Proxy::~Proxy() = default;
 
 inline bool Proxy::listen(const std::string &host, int port) {
-  return listener_.bind(host, port) >= 0 && listen_after_bind();
+  return impl_->bind(host, port) >= 0 && impl_->run();
 }
 
 inline int Proxy::bind_to_any_port(const std::string &host) {
-  return listener_.bind(host, 0);
+  return impl_->bind(host, 0);
 }
 
-inline bool Proxy::listen_after_bind() {
-  if (options_.prewarm) { supervisor_.warm(); }
-  return listener_.run();
-}
+inline bool Proxy::listen_after_bind() { return impl_->run(); }
+
+inline void Proxy::stop() { impl_->server.stop(); }
 
 inline Status Proxy::status() const {
-  auto status = supervisor_.status();
-  status.connections = listener_.connections();
+  auto status = impl_->supervisor.status();
+  status.connections = impl_->server.connections();
   return status;
 }
 
+inline httplib::Server &Proxy::routes(std::string prefix) {
+  impl_->require_not_listening("routes");
+  return impl_->routes.at(std::move(prefix));
+}
+
+inline void
+Proxy::set_pre_routing_handler(httplib::Server::HandlerWithResponse handler) {
+  impl_->require_not_listening("set_pre_routing_handler");
+  impl_->server.set_pre_routing_handler(std::move(handler));
+}
+
+// ---- options_from_env -------------------------------------------------------
+
 inline Options options_from_env(Options defaults) {
+  const detail::Log log(defaults);
+  for (auto variable = environ; variable && *variable; ++variable) {
+    const auto warning = detail::unknown_setting(*variable);
+    if (!warning.empty()) { log(warning); }
+  }
   return detail::read_settings(
       std::move(defaults), [](const char *name) { return std::getenv(name); });
 }
 
-inline int serve(Options options, int argc, const char *const *argv) {
-  const auto began = detail::Clock::now();
-  const std::string_view argument = argc > 1 ? argv[1] : "";
-  if (argument == "--version") {
-    std::puts("warmproxy " WARMPROXY_VERSION);
-    return 0;
+// ---- serve ------------------------------------------------------------------
+
+namespace detail {
+
+// Otherwise the next descriptor that is opened would be written to as stderr.
+inline void open_standard_descriptors() {
+  int fd = 0;
+  while (fd >= 0 && fd <= STDERR_FILENO) {
+    fd = ::open("/dev/null", O_RDWR);
   }
-  if (argument == "--help" || argument == "-h") {
-    std::puts("warmproxy " WARMPROXY_VERSION
-              ": starts an HTTP server with its first request, waits until\n"
-              "it is up, and hands every byte through. The environment sets it "
-              "up:\n");
-    std::string line;
-    for (const auto &setting : detail::settings) {
-      if (line.size() + std::strlen(setting.variable) > 76) {
-        std::puts(line.c_str());
-        line.clear();
-      }
-      detail::append(line, "  ", setting.variable);
+  if (fd >= 0) { ::close(fd); }
+}
+
+// The settings as serve() uses them. Throws std::invalid_argument.
+inline Config serve_config(Options options, CommandLine command_line,
+                           bool on_vercel) {
+  const auto lookup = [](const char *name) { return std::getenv(name); };
+  if (command_line.action == CommandLine::Action::refuse) {
+    throw std::invalid_argument(
+        concat(command_line.command[0], " is not an option; see --help"));
+  }
+  apply_command(std::move(command_line.command), options, lookup);
+  if (on_vercel) { adapt_to_vercel(options, lookup); }
+  const auto error = validate(options);
+  if (!error.empty()) { throw std::invalid_argument(error); }
+  const auto reason = explain_unrunnable(options.binary);
+  if (!reason.empty()) {
+    throw std::invalid_argument(
+        concat("cannot run ", reason, " (see WARMPROXY_BINARY)"));
+  }
+  if (options.target_port > 0 && options.target_port == options.port) {
+    throw std::invalid_argument("Options::target_port (WARMPROXY_TARGET_PORT) "
+                                "is the port on which we listen (PORT)");
+  }
+  return make_config(std::move(options), on_vercel);
+}
+
+inline void raise_file_limit() {
+  rlimit files{};
+  if (::getrlimit(RLIMIT_NOFILE, &files) == 0) {
+    files.rlim_cur = files.rlim_max;
+    ::setrlimit(RLIMIT_NOFILE, &files);
+  }
+}
+
+// ---- serve: signals
+
+// Blocks the signals that serve() waits for, and returns them. To be called
+// before there are threads, which inherit this.
+inline sigset_t block_signals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGCHLD);
+  for (const int number : {SIGINT, SIGHUP}) {
+    struct sigaction action {};
+    ::sigaction(number, nullptr, &action); // nohup(1) has it ignored
+    if (action.sa_handler != SIG_IGN) { sigaddset(&signals, number); }
+  }
+  ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  ::signal(SIGPIPE, SIG_IGN); // as cpp-httplib does, but before the first write
+  // If whoever started us ignores SIGCHLD, the kernel reaps the target itself
+  // and its exit status is lost. By default, the signal may be dropped though
+  // somebody waits for it.
+  ::signal(SIGCHLD, [](int) {});
+  return signals;
+}
+
+// From now on, one of `signals` but SIGCHLD ends the process.
+inline void end_with_next(sigset_t &signals) {
+  sigset_t ending;
+  sigemptyset(&ending);
+  for (const int number : {SIGTERM, SIGINT, SIGHUP}) {
+    if (sigismember(&signals, number) != 1) { continue; }
+    if (::getpid() == 1) { // the kernel takes no default action for it
+      ::signal(number, [](int n) { ::_exit(128 + n); });
+    } else {
+      ::signal(number, SIG_DFL);
     }
-    std::puts(line.c_str());
-    std::puts("\nTimes are 500ms, 45s, 10m, 2h, 30d; {port} in arguments is "
-              "the target's port.");
-    return 0;
+    sigaddset(&ending, number);
+    sigdelset(&signals, number);
+  }
+  ::pthread_sigmask(SIG_UNBLOCK, &ending, nullptr);
+}
+
+// Reaps what PID 1 inherits, but not the target, whose status the supervisor
+// wants. That one may hide others until it is reaped: then this returns true,
+// and is to be called again.
+inline bool reap_orphans(const Supervisor &supervisor) {
+  siginfo_t info{};
+  while (::waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) == 0 &&
+         info.si_pid > 0) {
+    if (supervisor.owns(info.si_pid)) { return true; }
+    ::waitpid(info.si_pid, nullptr, WNOHANG);
+    info.si_pid = 0;
+  }
+  return false;
+}
+
+// Waits for one of `signals`, or only briefly. Returns 0 or less if there was
+// none.
+inline int wait_for_signal(const sigset_t &signals, bool briefly) {
+#ifdef __linux__
+  const timespec time{0, 100'000'000};
+  return ::sigtimedwait(&signals, nullptr, briefly ? &time : nullptr);
+#else
+  int number = 0;
+  ::sigwait(&signals, &number);
+  return static_cast<void>(briefly), number;
+#endif
+}
+
+// Calls `stop` in a thread of its own at the first signal. The second one ends
+// the process. As PID 1, it also reaps orphans.
+class SignalThread {
+public:
+  // `signals` are blocked. Throws std::system_error.
+  SignalThread(const sigset_t &signals, const Supervisor &supervisor,
+               std::function<void()> stop)
+      : signals_(signals), supervisor_(supervisor), stop_(std::move(stop)),
+        thread_([this] { run(); }) {}
+  ~SignalThread() {
+    over_ = true;
+    ::pthread_kill(thread_.native_handle(), SIGCHLD); // wakes it
+    thread_.join();
   }
 
-  ::signal(SIGPIPE, SIG_IGN); // as httplib does, but before the first write
-  const auto log = options.log ? options.log : detail::log_to_stderr;
-  const auto vercel = detail::Vercel::connect();
-  const auto give_up = [&](int status, std::string_view message) {
-    const auto line = detail::printable(std::string(message));
+private:
+  void run() {
+    while (!over_) {
+      const bool again = ::getpid() == 1 && reap_orphans(supervisor_);
+      const int number = wait_for_signal(signals_, again);
+      if (number <= 0 || number == SIGCHLD) { continue; }
+      end_with_next(signals_);
+      stop_();
+    }
+  }
+
+  sigset_t signals_;
+  const Supervisor &supervisor_;
+  const std::function<void()> stop_;
+  std::atomic<bool> over_{false};
+  std::thread thread_; // the last member: it uses the others
+};
+
+} // namespace detail
+
+// ---- serve: the sequence
+
+inline void Proxy::Impl::serve(const sigset_t &signals, detail::Vercel *vercel,
+                               detail::SteadyClock::time_point began) {
+  using detail::concat;
+  using detail::printable;
+  using std::chrono::milliseconds;
+  errno = 0;
+  const int port = bind(config.host, config.port);
+  const int error = errno; // getaddrinfo(3) leaves it alone
+  const auto address =
+      concat(config.host, ":", detail::decimal(port < 0 ? config.port : port));
+  if (port < 0) {
+    throw std::runtime_error(
+        concat("cannot listen on ", address, ": ",
+               error ? detail::error_text(error) : "no such address",
+               " (see HOST and PORT)"));
+  }
+  log(printable(concat("listening on ", address, "; ", config.binary,
+                       config.prewarm ? " starts now"
+                                      : " starts with the first request")));
+  const detail::SignalThread thread(signals, supervisor, [&] {
+    server.stop();
+    if (vercel) { vercel->flush(); }
+    log("stopping: running requests may finish; a second signal ends them");
+  });
+  if (vercel) {
+    vercel->started(std::chrono::duration_cast<milliseconds>(
+                        detail::SteadyClock::now() - began),
+                    port);
+  }
+  if (!run()) {
+    throw std::runtime_error("cannot accept connections any more");
+  }
+}
+
+inline int serve(Options options, int argc, const char *const *argv) {
+  using Action = detail::CommandLine::Action;
+  const auto began = detail::SteadyClock::now();
+  detail::open_standard_descriptors();
+  auto command_line = detail::read_command_line(argc, argv);
+  if (command_line.action == Action::help) {
+    return std::fputs(detail::help_text().c_str(), stdout) < 0;
+  }
+  if (command_line.action == Action::version) {
+    return std::puts("warmproxy " WARMPROXY_VERSION) < 0;
+  }
+
+  const auto signals = detail::block_signals();
+  const detail::Log log(options);
+  std::unique_ptr<detail::Vercel> vercel;
+  const auto give_up = [&](int status, const std::string &reason) {
+    const auto line = detail::printable(reason);
     log(line);
     if (vercel) { vercel->unrecoverable(status, line); }
     return status;
   };
-  if (argc > 1) {
-    return give_up(2, detail::concat(argument, " is no argument; see --help"));
-  }
-  if (!options.error.empty()) { return give_up(2, options.error); }
-  if (detail::find_binary(options.binary).empty()) {
-    return give_up(2, detail::concat("binary \"", options.binary,
-                                     "\" is missing or not executable"));
-  }
-  if (options.target_port && options.target_port == options.port) {
-    return give_up(2, "target_port is the port that we listen on ourselves");
-  }
-  if (vercel) {
-    if (options.host == "0.0.0.0") { options.host = "127.0.0.1"; }
-    const auto variable = [](const char *name) {
-      const char *value = std::getenv(name);
-      return std::string(detail::trim(value ? value : ""));
-    };
-    const auto strip = variable("VERCEL_SERVICE_ROUTE_PREFIX_STRIP");
-    if ((strip == "1" || detail::same(strip, "true")) &&
-        options.strip_prefix.empty()) {
-      options.strip_prefix = variable("VERCEL_SERVICE_ROUTE_PREFIX");
-    }
-    for (const auto name : {"HOME", "TMPDIR"}) {
-      if (!std::getenv(name)) { options.env.emplace(name, "/tmp"); }
-    }
-    // The platform grants 500 ms after SIGTERM: for our drain and the target's.
-    options.stop_timeout =
-        std::min(options.stop_timeout, std::chrono::milliseconds(200));
-  }
-
-  sigset_t signals, before;
-  ::sigemptyset(&signals);
-  ::sigaddset(&signals, SIGTERM);
-  for (const int number : {SIGINT, SIGHUP}) {
-    struct sigaction action {};
-    ::sigaction(number, nullptr, &action); // nohup(1) has it ignored
-    if (action.sa_handler != SIG_IGN) { ::sigaddset(&signals, number); }
-  }
-  // Before there are threads, so that all of them leave these to sigwait().
-  ::pthread_sigmask(SIG_BLOCK, &signals, &before);
-
-  const auto host = options.host;
-  const int wanted = options.port;
-  const auto binary = options.binary;
-  const bool prewarm = options.prewarm;
-  Proxy proxy(std::move(options), vercel.get());
-  rlimit files{};
-  if (::getrlimit(RLIMIT_NOFILE, &files) == 0) {
-    files.rlim_cur = files.rlim_max; // the target keeps what we were given
-    ::setrlimit(RLIMIT_NOFILE, &files);
-  }
-  errno = 0;
-  const int port = proxy.listener_.bind(host, wanted);
-  if (port < 0) { // getaddrinfo(3) leaves errno alone
-    const auto why = errno ? std::strerror(errno) : "no such address";
-    return give_up(1, detail::concat("cannot listen on ", host, ":",
-                                     std::to_string(wanted), ": ", why));
-  }
-  log(detail::concat(
-      "listening on ", host, ":", std::to_string(port), "; ", binary,
-      prewarm ? " starts now" : " starts with the first request"));
-
-  std::atomic<bool> asked{false};
-  bool good = true;
-  const auto main_thread = ::pthread_self();
-  std::thread listening([&] {
-    good = proxy.listen_after_bind();
-    if (!asked.exchange(true)) { ::pthread_kill(main_thread, SIGTERM); }
-  });
-  if (vercel) {
-    vercel->started(std::chrono::duration_cast<std::chrono::milliseconds>(
-                        detail::Clock::now() - began),
-                    port);
-  }
-  int number = 0;
-  ::sigwait(&signals, &number);
-  if (!asked.exchange(true)) {
-    log("stopping: running requests may finish; a second signal ends them");
-    ::pthread_sigmask(SIG_SETMASK, &before, nullptr); // the second one kills us
-    proxy.stop();
-  }
-  listening.join();
-  return good ? 0 : give_up(1, "cannot accept connections any more");
+  try {
+    vercel = detail::Vercel::connect(log);
+    Proxy::Impl proxy(detail::serve_config(std::move(options),
+                                           std::move(command_line),
+                                           vercel != nullptr),
+                      vercel.get());
+    detail::raise_file_limit(); // the target keeps what we were given
+    proxy.serve(signals, vercel.get(), began);
+    return 0;
+  } catch (const std::invalid_argument &error) {
+    return give_up(2, error.what());
+  } catch (const std::system_error &error) {
+    return give_up(1, detail::concat("cannot start: ", error.what(),
+                                     " (see the limits on open files and "
+                                     "processes)"));
+  } catch (const std::exception &error) { return give_up(1, error.what()); }
 }
-
+} // namespace v0_2_0
 } // namespace warmproxy
 
 #endif // WARMPROXY_HPP

@@ -40,6 +40,13 @@ const char *const help = R"(fake [option]...
   --exit-after MS CODE exits after this time
   --never-listen       does nothing
   --never-answer       listens, accepts and reads, but does not respond
+  --never-accept       listens, but does not accept
+  --one-at-a-time      serves one connection at a time, one request on each
+  --root-status N      responds to / with this status
+  --root-delay MS      responds to / after this time
+  --only-host NAME     closes connections on which another Host is named
+  --also-listen A B    listens on a second free port from A to B ms after it
+                       began to listen
   --log-mb N           prints N MB to stderr before it listens
   --daemonize          forks; the child serves, the parent exits
   --fork-worker        forks a child that ignores SIGTERM and does nothing
@@ -67,6 +74,7 @@ paths
   /upload              checks such bytes and responds with their number
   /sse?n=N&gate=PATH   an event; the others once the file PATH exists
   /slow?ms=N           responds after this time
+  /stop-listening      refuses new connections from now on
   /crash               exits before the response
   /crash-mid           exits within the response
   /early413            refuses a body without reading it
@@ -84,6 +92,12 @@ struct Settings {
   int backlog = 1024;
   bool never_listen = false;
   bool never_answer = false;
+  bool never_accept = false;
+  bool one_at_a_time = false;
+  int root_status = 200;
+  int root_delay = 0;
+  long also_from = -1, also_until = 0;
+  std::string only_host;
   bool daemonize = false;
   bool fork_worker = false;
   bool polite = false;
@@ -96,6 +110,7 @@ struct Settings {
 
 Settings settings;
 Clock::time_point listening_since;
+int listener = -1;
 std::string inherited_fds;
 std::string inherited_signals;
 int term_pipe[2];
@@ -157,6 +172,9 @@ public:
 
   void serve() {
     while (read_head()) {
+      if (!settings.only_host.empty() && header("Host") != settings.only_host) {
+        return;
+      }
       if (settings.never_answer) {
         while (fill()) {
           input_.clear();
@@ -221,7 +239,9 @@ private:
     query_ = mark == std::string::npos ? "" : target.substr(mark + 1);
     const auto connection = header("Connection");
     const bool old = head_.compare(second + 1, 8, "HTTP/1.0") == 0;
-    keep_ = old ? connection == "keep-alive" : connection != "close";
+    keep_ = settings.one_at_a_time ? false
+            : old                  ? connection == "keep-alive"
+                                   : connection != "close";
     left_ = std::strtoull(header("Content-Length").c_str(), nullptr, 10);
     chunked_ = !header("Transfer-Encoding").empty();
     body_done_ = !chunked_ && left_ == 0;
@@ -363,7 +383,13 @@ private:
     if (path_ == "/early413") { return refuse_early(); }
     if (method_ == "POST") { note_post(); }
 
-    if (path_ == "/") {
+    if (path_ == "/" && settings.root_delay) { wait_ms(settings.root_delay); }
+    if (path_ == "/" && settings.root_status != 200) {
+      text("no page\n", std::to_string(settings.root_status) + " Root");
+    } else if (path_ == "/stop-listening") {
+      ::shutdown(listener, SHUT_RDWR);
+      text("listening no more\n");
+    } else if (path_ == "/") {
       text("<!doctype html><title>fake</title><p>It works.\n", "200 OK",
            "text/html");
     } else if (path_ == "/pid") {
@@ -508,10 +534,10 @@ private:
 
 // ---- starting --------------------------------------------------------------
 
-int listen_socket() {
+int listen_socket(int number) {
   sockaddr_storage address{};
   socklen_t size;
-  const auto port = htons(static_cast<std::uint16_t>(settings.port));
+  const auto port = htons(static_cast<std::uint16_t>(number));
   if (settings.host.find(':') != std::string::npos) {
     auto &a = reinterpret_cast<sockaddr_in6 &>(address);
     a.sin6_family = AF_INET6;
@@ -530,9 +556,16 @@ int listen_socket() {
   setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
   if (fd < 0 || bind(fd, reinterpret_cast<sockaddr *>(&address), size) != 0 ||
       listen(fd, settings.backlog) != 0) {
-    die("listen on port " + std::to_string(settings.port));
+    die("listen on port " + std::to_string(number));
   }
   return fd;
+}
+
+void also_listen() {
+  wait_ms(settings.also_from);
+  const int fd = listen_socket(0);
+  wait_ms(settings.also_until - settings.also_from);
+  close(fd);
 }
 
 void exit_after(long ms, int code) {
@@ -654,6 +687,19 @@ int main(int argc, char **argv) {
       settings.never_listen = true;
     } else if (option == "--never-answer") {
       settings.never_answer = true;
+    } else if (option == "--never-accept") {
+      settings.never_accept = true;
+    } else if (option == "--one-at-a-time") {
+      settings.one_at_a_time = true;
+    } else if (option == "--root-status") {
+      settings.root_status = number();
+    } else if (option == "--root-delay") {
+      settings.root_delay = number();
+    } else if (option == "--only-host") {
+      settings.only_host = value();
+    } else if (option == "--also-listen") {
+      settings.also_from = number();
+      settings.also_until = number();
     } else if (option == "--log-mb") {
       settings.log_mb = number();
     } else if (option == "--daemonize") {
@@ -706,11 +752,16 @@ int main(int argc, char **argv) {
     pause();
   }
 
-  const int listener = listen_socket();
+  listener = listen_socket(settings.port);
   listening_since = Clock::now();
+  if (settings.also_from >= 0) { std::thread(also_listen).detach(); }
+  while (settings.never_accept) {
+    pause();
+  }
   for (;;) {
     const int fd = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
     if (fd < 0) {
+      if (errno == EINVAL) { pause(); } // it listens no more
       if (errno == EMFILE) { wait_ms(1); }
       continue;
     }
@@ -718,10 +769,15 @@ int main(int argc, char **argv) {
     ++open_connections;
     const int on = 1;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
-    std::thread([fd] {
+    const auto serve = [fd] {
       try {
         Connection(fd).serve();
       } catch (const Disconnected &) {}
-    }).detach();
+    };
+    if (settings.one_at_a_time) {
+      serve();
+    } else {
+      std::thread(serve).detach();
+    }
   }
 }

@@ -211,7 +211,7 @@ TEST_CASE("reuse: clients of HTTP/1.0 and 1.1 share connections") {
     CHECK(client.get().status == 200);
     CHECK(wait_for([&] { return stage.proxy.status().in_flight == 0; }));
   }
-  CHECK(connections_used(stage) == 1);
+  CHECK(connections_used(stage) <= 4); // one for each event loop
 }
 
 // ---- private connections ---------------------------------------------------

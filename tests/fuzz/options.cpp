@@ -1,11 +1,12 @@
-// Settings as the environment has them: each is read as the reference reads it,
-// or refused by name, in one line. The input is what /proc/PID/environ shows:
+// Settings from the environment: each is read as the reference reads it, or
+// refused by name, in one line. The input is what /proc/PID/environ shows:
 // NAME=VALUE, each ended by a NUL.
 
 #include "../../warmproxy.hpp"
 
 #include "reference.hpp"
 
+#include <algorithm>
 #include <map>
 
 namespace {
@@ -135,28 +136,64 @@ std::optional<std::int64_t> milliseconds(const std::string &text) {
          static_cast<std::int64_t>(factor->second);
 }
 
+bool without(const std::string &text, const std::string &characters) {
+  return text.find_first_of(characters) == std::string::npos;
+}
+
+// What may stand in a request target or a header line.
+bool in_a_line(const std::string &text) {
+  return reference::clean(text) && without(text, " \t");
+}
+
+// What browsers send as Origin: no path, no credentials.
+bool is_origin(const std::string &text) {
+  const auto scheme_end = text.find("://");
+  if (scheme_end == std::string::npos) { return text == "*" || text == "null"; }
+  auto host = text.substr(scheme_end + 3);
+  if (host.empty() || host.find('*') != std::string::npos) { return false; }
+  for (auto &c : host) {
+    if (c == '[' || c == ']' || c == ':') { c = 'x'; }
+  }
+  return reference::token(text.substr(0, scheme_end)) && reference::token(host);
+}
+
+bool read_flag(const std::string &value, bool &flag) {
+  const auto word = reference::lower(value);
+  flag = word == "1" || word == "true" || word == "yes" || word == "on";
+  return flag || word == "0" || word == "false" || word == "no" ||
+         word == "off";
+}
+
 // Sets what the variable says; false if it cannot be read.
 bool expect(const std::string &name, const std::string &value, Options &o) {
   const auto number = reference::decimal(value);
   const auto time = milliseconds(value);
   const auto ms = std::chrono::milliseconds(time.value_or(0));
-  const bool path = value.empty() || value[0] == '/';
+  const bool path = value.empty() || (value[0] == '/' && in_a_line(value));
   const bool port = number && *number <= 65535;
   if (name == "WARMPROXY_BINARY") { return o.binary = value, true; }
   if (name == "WARMPROXY_DIRECTORY") { return o.directory = value, true; }
   if (name == "WARMPROXY_SCRATCH") { return o.scratch = value, true; }
-  if (name == "WARMPROXY_STRIP_PREFIX") { return o.strip_prefix = value, true; }
+  if (name == "WARMPROXY_STRIP_PREFIX") {
+    return o.strip_prefix = value, in_a_line(value);
+  }
   if (name == "HOST") { return o.host = value, true; }
   if (name == "WARMPROXY_HEALTH_PATH") { return o.health_path = value, path; }
   if (name == "WARMPROXY_STATUS_PATH") { return o.status_path = value, path; }
   if (name == "WARMPROXY_STARTUP_TIMEOUT") {
-    return o.startup_timeout = ms, time.has_value();
+    return o.startup_timeout = ms, ms.count() > 0;
   }
   if (name == "WARMPROXY_STOP_TIMEOUT") {
     return o.stop_timeout = ms, time.has_value();
   }
   if (name == "WARMPROXY_IDLE_STOP") {
     return o.idle_stop = ms, time.has_value();
+  }
+  if (name == "WARMPROXY_BACKGROUND_WORK") {
+    return o.background_work = ms, time.has_value();
+  }
+  if (name == "WARMPROXY_KEEP_ALIVE_TIMEOUT") {
+    return o.keep_alive_timeout = ms, time.has_value();
   }
   if (name == "WARMPROXY_WAITING_PAGE_AFTER") {
     return o.waiting_page_after = ms, time.has_value();
@@ -169,18 +206,17 @@ bool expect(const std::string &name, const std::string &value, Options &o) {
     o.max_connections = number.value_or(0);
     return o.max_connections > 0;
   }
+  if (name == "WARMPROXY_TARGET_PORT" && value == "auto") {
+    return o.target_port = warmproxy::any_port, true;
+  }
   if (name == "WARMPROXY_TARGET_PORT" || name == "PORT") {
     (name == "PORT" ? o.port : o.target_port) =
         static_cast<int>(port ? *number : 0);
     return port;
   }
-  if (name == "WARMPROXY_PREWARM") {
-    const auto word = "|" + reference::lower(value) + "|";
-    o.prewarm = word.find_first_of("|", 1) == word.size() - 1 &&
-                std::string("|1|true|yes|on|").find(word) != std::string::npos;
-    return o.prewarm ||
-           (word != "||" && word.find_first_of("|", 1) == word.size() - 1 &&
-            std::string("|0|false|no|off|").find(word) != std::string::npos);
+  if (name == "WARMPROXY_PREWARM") { return read_flag(value, o.prewarm); }
+  if (name == "WARMPROXY_TRUST_PROXY") {
+    return read_flag(value, o.trust_proxy);
   }
   if (name == "WARMPROXY_CORS_ORIGINS") {
     o.cors_origins.clear();
@@ -191,7 +227,7 @@ bool expect(const std::string &name, const std::string &value, Options &o) {
       if (!origin.empty()) { o.cors_origins.emplace_back(origin); }
       at = comma + 1;
     }
-    return true;
+    return std::all_of(o.cors_origins.begin(), o.cors_origins.end(), is_origin);
   }
   if (name == "WARMPROXY_ARGS") {
     const auto words = shell_words(value);
@@ -220,11 +256,23 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data,
     at = end + 1;
   }
 
+  for (const auto &variable : variables) {
+    const auto warning = warmproxy::detail::unknown_setting(
+        variable.first + "=" + variable.second);
+    REQUIRE(reference::clean(warning), "a warning is more than one line");
+    REQUIRE(warning.empty() || variable.first.compare(0, 10, "WARMPROXY_") == 0,
+            "a warning for a variable of somebody else");
+  }
+
   Options defaults;
   defaults.binary = "./artalk";
   defaults.args = {"server", "a b"};
   defaults.target_port = 23366;
   auto expected = defaults;
+  if (variables.count("WARMPROXY_BINARY")) { // it brings neither
+    expected.args.clear();
+    expected.target_port = 0;
+  }
   std::string unreadable;
   for (const auto &variable : variables) {
     if (!expect(variable.first, variable.second, expected)) {
@@ -266,6 +314,11 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data,
           "startup_timeout");
   REQUIRE(options.stop_timeout == expected.stop_timeout, "stop_timeout");
   REQUIRE(options.idle_stop == expected.idle_stop, "idle_stop");
+  REQUIRE(options.background_work == expected.background_work,
+          "background_work");
+  REQUIRE(options.keep_alive_timeout == expected.keep_alive_timeout,
+          "keep_alive_timeout");
+  REQUIRE(options.trust_proxy == expected.trust_proxy, "trust_proxy");
   REQUIRE(options.host == expected.host, "host");
   REQUIRE(options.port == expected.port, "port");
   REQUIRE(options.max_connections == expected.max_connections,
@@ -276,5 +329,17 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data,
           "waiting_page_after");
   REQUIRE(options.status_path == expected.status_path, "status_path");
   REQUIRE(!options.log, "log");
+  // A Proxy refuses nothing else in what could be read.
+  const auto error = warmproxy::detail::validate(options);
+  const bool any_port_used =
+      options.target_port == warmproxy::any_port &&
+      std::any_of(options.args.begin(), options.args.end(),
+                  [](const std::string &argument) {
+                    return argument.find("{port}") != std::string::npos;
+                  });
+  REQUIRE(error.empty() || options.binary.empty() ||
+              !options.directory.empty() || any_port_used,
+          "what could be read is refused");
+  REQUIRE(!any_port_used || !error.empty(), "{port} has no value");
   return 0;
 }

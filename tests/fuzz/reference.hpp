@@ -1,10 +1,11 @@
-// HTTP/1.1 once more, for the fuzzers to compare with: read in the plainest way
-// there is, with copies and searches, and sharing no code with warmproxy.hpp.
-// What it says of a message is what RFC 9112 says, less what we refuse.
+// A second HTTP/1.1 parser for the fuzzers to compare with: written in the
+// plainest way, with copies and searches, and sharing no code with
+// warmproxy.hpp. It follows RFC 9112, less what we refuse.
 
 #ifndef WARMPROXY_TESTS_FUZZ_REFERENCE_HPP
 #define WARMPROXY_TESTS_FUZZ_REFERENCE_HPP
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -27,7 +28,7 @@ namespace reference {
 
 using Bytes = std::string_view;
 
-// Portions of a text: small ones and large ones, as `seed` has it.
+// Sizes of portions, small and large, derived from `seed`.
 class Portions {
 public:
   explicit Portions(unsigned seed) : state_(seed) {}
@@ -49,11 +50,13 @@ inline std::string lower(Bytes text) {
   return out;
 }
 
+inline bool blank(char c) { return c == ' ' || c == '\t'; }
+
 inline Bytes stripped(Bytes text) {
-  while (!text.empty() && (text.front() == ' ' || text.front() == '\t')) {
+  while (!text.empty() && blank(text.front())) {
     text.remove_prefix(1);
   }
-  while (!text.empty() && (text.back() == ' ' || text.back() == '\t')) {
+  while (!text.empty() && blank(text.back())) {
     text.remove_suffix(1);
   }
   return text;
@@ -82,13 +85,18 @@ inline bool has(const std::vector<std::string> &list, Bytes element) {
   return false;
 }
 
-// What may stand in a line: no control character but the tab.
+// No control character but the tab.
 inline bool clean(Bytes text) {
   for (const char c : text) {
     const auto byte = static_cast<unsigned char>(c);
     if ((byte < 32 && byte != 9) || byte == 127) { return false; }
   }
   return true;
+}
+
+// What a target may put into a field value all the same.
+inline bool harmless(Bytes text) {
+  return text.find_first_of(Bytes("\0\r\n", 3)) == Bytes::npos;
 }
 
 inline bool token_chars(Bytes text) {
@@ -137,9 +145,27 @@ struct Head {
     const auto options = list("connection");
     return !has(options, "close") && (minor == 1 || has(options, "keep-alive"));
   }
+  // To something else than HTTP/2 or TLS.
   bool upgrade() const {
-    return minor == 1 && has(list("connection"), "upgrade") &&
-           !values("upgrade").empty();
+    bool other = false;
+    for (const auto &protocol : list("upgrade")) {
+      other |= protocol != "h2c" && protocol.substr(0, 4) != "tls/";
+    }
+    return minor == 1 && has(list("connection"), "upgrade") && other;
+  }
+  void remove(Bytes name, std::size_t but = std::size_t(-1)) {
+    std::vector<Line> rest;
+    for (std::size_t i = 0; i < lines.size(); ++i) {
+      if (i == but || lines[i].name != name) { rest.push_back(lines[i]); }
+    }
+    lines = rest;
+  }
+  std::size_t index(Bytes name) const {
+    std::size_t i = 0;
+    while (i < lines.size() && lines[i].name != name) {
+      ++i;
+    }
+    return i;
   }
 };
 
@@ -159,8 +185,8 @@ inline Bytes head_of(Bytes bytes, bool lenient) {
   return bytes.substr(0, size);
 }
 
-// A head's lines without their ends and without the empty one; none if one of
-// them does not end as it should, or holds what it must not.
+// The lines of a head without their ends and without the empty one. None if a
+// line does not end properly or contains what it must not.
 inline std::vector<std::string> lines_of(Bytes head, bool lenient) {
   std::vector<std::string> lines;
   std::string line;
@@ -174,7 +200,7 @@ inline std::vector<std::string> lines_of(Bytes head, bool lenient) {
     } else if (!lenient) {
       return {};
     }
-    if (!clean(line)) { return {}; }
+    if (!(lenient ? harmless(line) : clean(line))) { return {}; }
     lines.push_back(line);
     line.clear();
   }
@@ -194,8 +220,36 @@ inline bool read_lines(const std::vector<std::string> &lines, Head &head) {
                           std::string(stripped(Bytes(raw).substr(colon + 1))),
                           raw});
   }
-  // No target needs more, and each costs.
   return head.lines.size() <= 1000 && head.list("connection").size() <= 100;
+}
+
+// Joins folded lines, removes blanks before colons, and leaves out lines whose
+// name is no token. False if there are too many lines.
+inline bool repair_lines(std::vector<std::string> &lines) {
+  std::vector<std::string> joined;
+  for (std::size_t i = 1; i < lines.size(); ++i) {
+    if (i == 1 || !blank(lines[i][0])) {
+      joined.push_back(lines[i]);
+    } else if (const auto more = stripped(lines[i]); !more.empty()) {
+      auto &line = joined.back();
+      while (!line.empty() && blank(line.back())) {
+        line.pop_back();
+      }
+      line += " " + std::string(more);
+    }
+  }
+  lines.resize(1);
+  for (const auto &line : joined) {
+    const auto colon = line.find(':');
+    auto end = colon == std::string::npos ? 0 : colon;
+    while (end > 0 && blank(line[end - 1])) {
+      --end;
+    }
+    if (token(Bytes(line).substr(0, end))) {
+      lines.push_back(line.substr(0, end) + line.substr(colon));
+    }
+  }
+  return joined.size() <= 1000;
 }
 
 inline std::optional<std::uint64_t> decimal(Bytes text) {
@@ -237,7 +291,51 @@ inline bool read_framing(bool request, Head &head) {
   return true;
 }
 
-// What has to stand in Host, or between "//" and the path.
+// The same of a target, of which more is understood; what is superfluous then
+// is removed.
+inline bool read_lenient_framing(Head &head) {
+  bool chunked = false, exact = true;
+  const auto codings = head.values("transfer-encoding");
+  for (const auto &coding : codings) {
+    exact = exact && codings.size() == 1 && lower(coding) == "chunked";
+    for (const auto &element : elements(coding)) {
+      if (element != "chunked" && element != "identity") { return false; }
+      chunked |= element == "chunked";
+    }
+  }
+  if (chunked && head.minor == 0) { return false; }
+  if (!exact) {
+    const auto first = head.index("transfer-encoding");
+    head.lines[first] = {"transfer-encoding", "chunked",
+                         "Transfer-Encoding: chunked"};
+    head.remove("transfer-encoding", chunked ? first : std::size_t(-1));
+  }
+  std::vector<std::string> lengths;
+  for (const auto &value : head.values("content-length")) {
+    if (value.empty() || value[0] == ',') { return false; }
+    for (const auto &element : elements(value)) {
+      if (!decimal(element)) { return false; }
+      lengths.push_back(element);
+      if (decimal(element) != decimal(lengths[0])) { return false; }
+    }
+  }
+  if (lengths.size() > 1) {
+    const auto first = head.index("content-length");
+    auto &line = head.lines[first];
+    const auto from = line.raw.find(lengths[0], line.raw.find(':'));
+    line = {line.name, lengths[0],
+            line.raw.substr(0, from + lengths[0].size())};
+    head.remove("content-length", first);
+  }
+  if (chunked) { head.remove("content-length"); }
+  head.body.kind = chunked            ? Body::chunked
+                   : !lengths.empty() ? Body::length
+                                      : Body::until_close;
+  if (!lengths.empty() && !chunked) { head.body.size = *decimal(lengths[0]); }
+  return true;
+}
+
+// Host, or what is between "//" and the path.
 inline bool authority(Bytes text) {
   return text.find_first_of(" \t,/?#@\\<>\"") == Bytes::npos;
 }
@@ -267,28 +365,42 @@ inline std::optional<Head> request(Bytes text) {
       (!hosts.empty() && !authority(hosts[0]))) {
     return {};
   }
-  const auto scheme = lower(head.target).substr(0, 8);
-  const auto skip = scheme == "https://"               ? 8u
-                    : scheme.substr(0, 7) == "http://" ? 7u
-                                                       : 0u;
-  if (skip) {
-    const auto end =
-        std::min(head.target.find_first_of("/?", skip), head.target.size());
-    head.authority = head.target.substr(skip, end - skip);
-    head.target.erase(0, end);
-    if (head.authority.empty() || !authority(head.authority)) { return {}; }
-  } else if (head.target.substr(0, 1) != "/" &&
-             (head.target != "*" || head.method != "OPTIONS")) {
+  if (head.target.substr(0, 1) == "/" ||
+      (head.target == "*" && head.method == "OPTIONS")) {
+    return read_framing(true, head) ? std::optional<Head>(head) : std::nullopt;
+  }
+  const auto scheme = head.target.find("://");
+  if (scheme == std::string::npos || scheme == 0 ||
+      lower(head.target)
+              .find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789+-.") !=
+          scheme ||
+      std::string("0123456789+-.").find(head.target[0]) != std::string::npos) {
     return {};
   }
+  const auto skip = scheme + 3;
+  const auto end =
+      std::min(head.target.find_first_of("/?", skip), head.target.size());
+  head.authority = head.target.substr(skip, end - skip);
+  head.target.erase(0, end);
+  if (head.target.empty() && head.method == "OPTIONS") {
+    head.target = "*";
+  } else if (head.target.substr(0, 1) != "/") {
+    head.target = "/" + head.target;
+  }
+  if (head.authority.empty() || !authority(head.authority)) { return {}; }
   if (!read_framing(true, head)) { return {}; }
   return head;
 }
 
-// `method` is that of the request which it answers.
+// `method` is that of the request. Where `lenient`, what a target sends is
+// repaired; else it has to be in order as it is.
 inline std::optional<Head> response(Bytes text, Bytes method, bool lenient) {
-  const auto lines = lines_of(text, lenient);
-  if (lines.empty()) { return {}; }
+  if (lenient && (text.substr(0, 1) == "\n" || text.substr(0, 2) == "\r\n")) {
+    text.remove_prefix(text[0] == '\n' ? 1 : 2);
+  }
+  if (!lenient && text.find("\n") != text.find("\r\n") + 1) { return {}; }
+  auto lines = lines_of(text, true);
+  if (lines.empty() || (lenient && !repair_lines(lines))) { return {}; }
   Head head;
   const auto &first = lines[0];
   const auto version = first.substr(0, 9);
@@ -296,32 +408,47 @@ inline std::optional<Head> response(Bytes text, Bytes method, bool lenient) {
   head.minor = version == "HTTP/1.1 " ? 1 : 0;
   head.reason = first.substr(9);
   const auto code = decimal(head.reason.substr(0, 3));
-  if (head.reason.size() < 3 || !code || *code < 100 ||
+  if (head.reason.size() < 3 || !code || *code < 100 || !clean(first) ||
       (head.reason.size() > 3 && head.reason[3] != ' ') ||
       !read_lines(lines, head)) {
     return {};
   }
   head.status = static_cast<int>(*code);
-  if (head.status < 200 || head.status == 204) { return head; }
-  if (!read_framing(false, head)) { return {}; }
+  if (head.status < 200 || head.status == 204) {
+    head.remove("transfer-encoding");
+    head.remove("content-length");
+    return head;
+  }
+  if (!(lenient ? read_lenient_framing(head) : read_framing(false, head))) {
+    return {};
+  }
   if (head.status == 304 || method == "HEAD") { head.body = {}; }
   return head;
 }
 
 enum class State { more, done, wrong };
 
-// A body as far as it goes: how many of the bytes are its, and what they carry.
+// A body as far as it goes: how many of the bytes belong to it, its content,
+// and for a chunked one that is done, its chunks without superfluous blanks.
 struct Decoded {
   State state = State::more;
   std::size_t size = 0;
   std::string content;
+  std::string sent_on = {};
 };
 
-// Whether something that begins like this can be the line of a chunk's size.
-inline bool size_line(Bytes text, bool whole, std::uint64_t &size) {
-  auto digits = text.find_first_not_of("0123456789abcdefABCDEF");
-  if (digits == Bytes::npos) { digits = text.size(); }
-  auto significant = text.substr(0, digits);
+// Whether this can be the size line of a chunk, or its beginning. Blanks around
+// the size are removed where `forgiving`.
+inline bool size_line(std::string &text, bool whole, bool forgiving,
+                      std::uint64_t &size) {
+  const Bytes hex = "0123456789abcdefABCDEF";
+  const auto begin = std::min(text.find_first_not_of(" \t"), text.size());
+  const auto end = std::min(text.find_first_not_of(hex, begin), text.size());
+  const auto next = std::min(text.find_first_not_of(" \t", end), text.size());
+  const auto digits = text.substr(begin, end - begin);
+  const auto rest = text.substr(next);
+  if (!forgiving && (begin > 0 || next > end)) { return false; }
+  auto significant = Bytes(digits);
   while (!significant.empty() && significant[0] == '0') {
     significant.remove_prefix(1);
   }
@@ -330,46 +457,57 @@ inline bool size_line(Bytes text, bool whole, std::uint64_t &size) {
     return false;
   }
   size = std::strtoull(std::string(significant).c_str(), nullptr, 16);
-  const auto rest = text.substr(digits);
-  return (digits > 0 || (!whole && rest.empty())) &&
-         (rest.empty() || rest[0] == ';') && clean(rest);
+  text = digits + rest;
+  return (!digits.empty() || (!whole && rest.empty())) &&
+         (rest.empty() || rest[0] == ';') &&
+         (forgiving ? harmless(rest) : clean(rest));
 }
 
-// The same of a trailer's line, or of the empty one behind them.
-inline bool trailer_line(Bytes text, bool whole) {
+// The same for a trailer's line, or the empty one behind them.
+inline bool trailer_line(std::string &text, bool whole, bool forgiving) {
   if (text.empty()) { return true; }
-  const auto colon = text.find(':');
-  if (colon == Bytes::npos) { return !whole && token(text); }
-  return token(text.substr(0, colon)) && clean(text.substr(colon));
+  const auto colon = std::min(text.find(':'), text.size());
+  auto end = colon;
+  while (forgiving && end > 0 && blank(text[end - 1])) {
+    --end;
+  }
+  const auto name = text.substr(0, end), value = text.substr(colon);
+  text = name + value;
+  return token(name) && (forgiving ? harmless(value) : clean(value)) &&
+         (!whole || !value.empty());
 }
 
 // RFC 9112, section 7.1.
-inline Decoded chunked(Bytes bytes) {
+inline Decoded chunked(Bytes bytes, bool forgiving = false) {
   Decoded out;
   const auto ends = [&out](State state, std::size_t size) {
     out.state = state;
     out.size = size;
     return out;
   };
-  // The line at `at`, or why there is none: its end is still to come, or it
-  // can have none any more.
+  // Takes the line at `at`: State::more if its end is still to come, wrong if
+  // it cannot become one.
   std::size_t at = 0;
-  const auto line = [&](auto good, Bytes &text) {
+  std::string text;
+  const auto line = [&](auto good) {
     const auto end = bytes.find("\r\n", at);
-    text = bytes.substr(at, end == Bytes::npos ? end : end - at);
+    const auto raw = bytes.substr(at, end == Bytes::npos ? end : end - at);
+    text = raw;
     const bool whole =
         end != Bytes::npos || (!text.empty() && text.back() == '\r');
-    if (end == Bytes::npos && whole) { text.remove_suffix(1); }
+    if (end == Bytes::npos && whole) { text.pop_back(); }
     if (!good(text, whole)) { return State::wrong; }
-    return end == Bytes::npos ? State::more : State::done;
+    if (end == Bytes::npos) { return State::more; }
+    at = end + 2;
+    out.sent_on += text + "\r\n";
+    return State::done;
   };
-  Bytes text;
   for (;;) {
     std::uint64_t size = 0;
-    const auto state = line(
-        [&](Bytes t, bool whole) { return size_line(t, whole, size); }, text);
+    const auto state = line([&](std::string &t, bool whole) {
+      return size_line(t, whole, forgiving, size);
+    });
     if (state != State::done) { return ends(state, bytes.size()); }
-    at += text.size() + 2;
     if (size == 0) { break; }
     const auto data = bytes.substr(at, size);
     out.content += data;
@@ -379,12 +517,14 @@ inline Decoded chunked(Bytes bytes) {
       return ends(State::more, bytes.size());
     }
     if (end != "\r\n") { return ends(State::wrong, bytes.size()); }
+    out.sent_on += std::string(data) + "\r\n";
     at += 2;
   }
   for (;;) {
-    const auto state = line(trailer_line, text);
+    const auto state = line([&](std::string &t, bool whole) {
+      return trailer_line(t, whole, forgiving);
+    });
     if (state != State::done) { return ends(state, bytes.size()); }
-    at += text.size() + 2;
     if (text.empty()) { return ends(State::done, at); }
   }
 }

@@ -1,5 +1,5 @@
-// A request's head is accepted if the reference accepts it, and then is the
-// same request to both: what we forward, nobody may read otherwise.
+// A request head is accepted if and only if the reference accepts it, and then
+// is the same request to both. What we forward is that request, too.
 
 #include "../../warmproxy.hpp"
 
@@ -9,7 +9,7 @@ namespace {
 
 using namespace warmproxy::detail;
 
-void compare(const Head &head, const reference::Head &expected) {
+void compare(const RequestHead &head, const reference::Head &expected) {
   REQUIRE(head.method == expected.method, "another method");
   REQUIRE(head.target == expected.target, "another target");
   REQUIRE(head.authority == expected.authority, "another authority");
@@ -47,11 +47,12 @@ void compare(const Head &head, const reference::Head &expected) {
   REQUIRE(head.upgrade == expected.upgrade(), "another upgrade");
 }
 
-// As it would be written out again.
-std::string restated(const Head &head) {
+// The head, written out again.
+std::string restated(const RequestHead &head) {
   std::string target(head.target);
   if (!head.authority.empty()) {
-    target = "http://" + std::string(head.authority) + target;
+    target =
+        "http://" + std::string(head.authority) + (target == "*" ? "" : target);
   }
   std::string text = std::string(head.method) + " " + target + " HTTP/1." +
                      std::to_string(head.minor) + "\r\n";
@@ -59,6 +60,25 @@ std::string restated(const Head &head) {
     text += std::string(field.line) + "\r\n";
   }
   return text + "\r\n";
+}
+
+// What the target gets.
+void check_forwarded(const RequestHead &head, const reference::Head &expected,
+                     Config config) {
+  std::string out;
+  write_request_head(head, {config, "192.0.2.7", "127.0.0.1:1", 1}, out);
+  const auto forwarded = reference::request(out);
+  REQUIRE(forwarded, "what is forwarded is no request");
+  REQUIRE(forwarded->method == expected.method, "another method is forwarded");
+  REQUIRE(forwarded->minor == 1, "another version is forwarded");
+  REQUIRE(forwarded->authority.empty(), "absolute-form is forwarded");
+  REQUIRE(forwarded->body.kind == expected.body.kind &&
+              forwarded->body.size == expected.body.size,
+          "another body is forwarded");
+  REQUIRE(forwarded->upgrade() == expected.upgrade(), "another upgrade");
+  REQUIRE(config.behind_front() || forwarded->values("x-forwarded-for") ==
+                                       std::vector<std::string>{"192.0.2.7"},
+          "a client is believed");
 }
 
 } // namespace
@@ -83,10 +103,11 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data,
   if (end == 0) { return 0; }
 
   const auto text = bytes.substr(0, end);
-  Head head;
-  const auto refusal = parse_request(text, head);
+  RequestHead head;
+  const auto refusal = parse_request(std::string(text), head);
   const auto expected = reference::request(text);
-  if (refusal.status) {
+  if (refusal) {
+    REQUIRE(head.fields.empty(), "something of a refused head is left");
     REQUIRE(refusal.status >= 400 && refusal.status < 600, "no error");
     REQUIRE(*refusal.reason, "no reason");
     REQUIRE(!expected, "the reference accepts it");
@@ -94,8 +115,16 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data,
   }
   REQUIRE(expected, "the reference refuses it");
   compare(head, *expected);
+  for (std::size_t n = 0; n < std::min<std::size_t>(end, 300); ++n) {
+    REQUIRE(!early_refusal(bytes.substr(0, n)), "refused too early");
+  }
+  Config config;
+  check_forwarded(head, *expected, config);
+  config.trust_proxy = true;
+  config.prefix = "/a";
+  check_forwarded(head, *expected, config);
 
-  Head again;
+  RequestHead again;
   const auto text_again = restated(head);
   REQUIRE(head_end(text_again) == text_again.size(), "it does not end there");
   REQUIRE(parse_request(text_again, again).status == 0,

@@ -1,5 +1,5 @@
-// The same for the head of an answer; its lines may end in LF alone, but what
-// we pass on never has more than one reading.
+// The same for a response head. A target's is repaired where it can be, but
+// what goes on to the client never has more than one reading.
 
 #include "../../warmproxy.hpp"
 
@@ -9,7 +9,7 @@ namespace {
 
 using namespace warmproxy::detail;
 
-void compare(const Head &head, const reference::Head &expected) {
+void compare(const ResponseHead &head, const reference::Head &expected) {
   REQUIRE(head.status == expected.status, "another status");
   REQUIRE(head.reason == expected.reason, "another reason");
   REQUIRE(head.minor == expected.minor, "another version");
@@ -21,7 +21,7 @@ void compare(const Head &head, const reference::Head &expected) {
     REQUIRE(reference::lower(field.name) == line.name, "another name");
     REQUIRE(field.value == line.value, "another value");
     REQUIRE(field.line == line.raw, "another line");
-    REQUIRE(reference::clean(field.line), "a line that is none");
+    REQUIRE(reference::harmless(field.line), "a line that is none");
   }
   const auto mode = head.framing.mode();
   switch (expected.body.kind) {
@@ -46,6 +46,27 @@ void compare(const Head &head, const reference::Head &expected) {
   REQUIRE(head.keep_alive == expected.keep_alive(), "another keep-alive");
 }
 
+// What the client gets.
+void check_forwarded(const ResponseHead &head, const reference::Head &expected,
+                     std::string_view method) {
+  RequestHead request;
+  REQUIRE(
+      !parse_request(std::string(method) + " /a/b HTTP/1.1\r\nHost: a\r\n\r\n",
+                     request),
+      "no request");
+  Config config;
+  config.prefix = "/a";
+  std::string out;
+  write_response_head(request, head, {config, "192.0.2.7", "127.0.0.1:1", 1},
+                      true, "", out);
+  const auto forwarded = reference::response(out, method, false);
+  REQUIRE(forwarded, "what is forwarded is no response");
+  REQUIRE(forwarded->reason == expected.reason, "another reason is forwarded");
+  REQUIRE(forwarded->body.kind == expected.body.kind &&
+              forwarded->body.size == expected.body.size,
+          "another body is forwarded");
+}
+
 } // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data,
@@ -59,16 +80,20 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data,
   if (end == 0) { return 0; }
 
   const auto text = bytes.substr(0, end);
-  Head head;
-  const auto refusal = parse_response(text, method, head);
+  ResponseHead head;
+  const auto refusal = parse_response(std::string(text), method, head);
   const auto expected = reference::response(text, method, true);
-  if (refusal.status) {
+  if (refusal) {
     REQUIRE(refusal.status == 502 && *refusal.reason, "not a bad gateway");
     REQUIRE(!expected, "the reference accepts it");
     return 0;
   }
   REQUIRE(expected, "the reference refuses it");
   compare(head, *expected);
+
+  REQUIRE(head.corrected || head.repairs.empty(), "a repair is not told");
+  REQUIRE(!head.corrected || !head.repairs.empty() || head.status == 304,
+          "corrected, but what?");
 
   // Line by line with proper ends, it is the same to a strict reader.
   std::string again =
@@ -80,5 +105,10 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data,
   const auto strict = reference::response(again, method, false);
   REQUIRE(strict, "refused a second time");
   compare(head, *strict);
+  ResponseHead repaired;
+  REQUIRE(!parse_response(again, method, repaired), "refused a second time");
+  REQUIRE(repaired.repairs.empty(), "repaired a second time");
+
+  check_forwarded(head, *strict, method);
   return 0;
 }
