@@ -1,0 +1,355 @@
+// Own routes and the pre-routing handler: the seam to cpp-httplib.
+
+#include "support.hpp"
+
+#include <doctest/doctest.h>
+
+using namespace support;
+
+namespace {
+
+using httplib::Request;
+using HandlerResponse = httplib::Server::HandlerResponse;
+
+// A Proxy that is configured before it listens.
+class Embedded {
+public:
+  template <typename Configure>
+  Embedded(warmproxy::Options options, Configure configure)
+      : proxy_(quiet(std::move(options))) {
+    configure(proxy_);
+    port_ = proxy_.bind_to_any_port("127.0.0.1");
+    if (port_ <= 0) { throw Error("the proxy cannot bind"); }
+    thread_ = std::thread([this] { proxy_.listen_after_bind(); });
+  }
+  ~Embedded() { stop(); }
+
+  int port() const { return port_; }
+  warmproxy::Proxy &proxy() { return proxy_; }
+  warmproxy::Status status() const { return proxy_.status(); }
+  void stop() {
+    proxy_.stop();
+    if (thread_.joinable()) { thread_.join(); }
+  }
+
+private:
+  static warmproxy::Options quiet(warmproxy::Options options) {
+    options.log = [](std::string_view) {};
+    return options;
+  }
+
+  warmproxy::Proxy proxy_;
+  int port_ = 0;
+  std::thread thread_;
+};
+
+// Echoes what the handler is given.
+void add_routes(warmproxy::Proxy &proxy) {
+  auto &own = proxy.routes("/own");
+  own.Get("/own/hello", [](const Request &, httplib::Response &res) {
+    res.set_content("hello", "text/plain");
+  });
+  own.Get(
+      R"(/own/number/(\d+))", [](const Request &req, httplib::Response &res) {
+        res.set_content(req.matches[1].str() + "?" + req.get_param_value("q"),
+                        "text/plain");
+      });
+  own.Post("/own/echo", [](const Request &req, httplib::Response &res) {
+    res.set_content(req.body, "text/plain");
+  });
+  own.Post("/own/ignore", [](const Request &, httplib::Response &res) {
+    res.set_content("ignored", "text/plain");
+  });
+  own.Get("/own/chunks", [](const Request &, httplib::Response &res) {
+    res.set_chunked_content_provider(
+        "text/plain", [](std::size_t offset, httplib::DataSink &sink) {
+          if (offset >= 9) {
+            sink.done();
+          } else {
+            sink.write("abc", 3);
+          }
+          return true;
+        });
+  });
+  own.Get("/own/who", [](const Request &req, httplib::Response &res) {
+    res.set_content(req.remote_addr + "|" +
+                        req.get_header_value("X-Forwarded-For") + "|" +
+                        req.get_header_value("X-Real-IP"),
+                    "text/plain");
+  });
+  own.Get("/own/throw", [](const Request &, httplib::Response &) {
+    throw std::runtime_error("thrown");
+  });
+}
+
+warmproxy::Options cold_target() { return fake_target(); }
+
+} // namespace
+
+TEST_CASE("own routes: path, query and body, without starting the target") {
+  Embedded proxy(cold_target(), add_routes);
+  RawClient client(proxy.port());
+  CHECK(client.get("/own/hello").body == "hello");
+  CHECK(client.get("/own/number/42?q=a%20b").body == "42?a b");
+  CHECK(client.post("/own/echo", "body").body == "body");
+  CHECK(client
+            .exchange("POST /own/echo HTTP/1.1\r\nHost: test\r\n"
+                      "Transfer-Encoding: chunked\r\n\r\n"
+                      "3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")
+            .body == "abcde");
+  const auto chunks = client.get("/own/chunks");
+  CHECK(chunks.body == "abcabcabc");
+  CHECK(chunks.complete);
+  CHECK(proxy.status().state == "cold");
+  CHECK(proxy.status().requests == 0);
+  CHECK(proxy.status().connections == 1); // all of them were on this one
+}
+
+TEST_CASE("own routes: multipart bodies") {
+  Embedded proxy(cold_target(), add_routes);
+  const std::string body = "--x\r\nContent-Disposition: form-data; name=\"f\"; "
+                           "filename=\"a.txt\"\r\n\r\nfile\r\n--x--\r\n";
+  RawClient client(proxy.port());
+  const auto response = client.post(
+      "/own/ignore", body, "Content-Type: multipart/form-data; boundary=x\r\n");
+  CHECK(response.body == "ignored");
+  CHECK(client.get("/own/hello").body == "hello");
+}
+
+TEST_CASE("own routes: a prefix matches on a segment boundary") {
+  Embedded proxy(cold_target(), [](warmproxy::Proxy &p) {
+    add_routes(p);
+    p.routes("/own/deep")
+        .Get("/own/deep/x", [](const Request &, httplib::Response &res) {
+          res.set_content("deep", "text/plain");
+        });
+  });
+  RawClient client(proxy.port());
+  CHECK(client.get("/own/deep/x").body == "deep"); // the longest prefix wins
+  CHECK(client.get("/own").status == 404);
+  CHECK(RawClient(proxy.port()).get("/own/nothing").status == 404);
+  CHECK(proxy.status().state == "cold");
+  CHECK(RawClient(proxy.port()).get("/owner").status == 404); // the target's
+  CHECK(proxy.status().state == "up");
+}
+
+TEST_CASE("own routes: the same prefix is the same server") {
+  warmproxy::Proxy proxy(cold_target());
+  CHECK(&proxy.routes("/own") == &proxy.routes("own/"));
+  CHECK(&proxy.routes("/own") != &proxy.routes("/other"));
+  CHECK_THROWS_AS(proxy.routes(""), std::invalid_argument);
+  CHECK_THROWS_AS(proxy.routes("/"), std::invalid_argument);
+}
+
+TEST_CASE("own routes: cannot be added while the proxy listens") {
+  Embedded proxy(cold_target(), add_routes);
+  CHECK(get(proxy.port(), "/own/hello").status == 200);
+  CHECK_THROWS_AS(proxy.proxy().routes("/more"), std::logic_error);
+  CHECK_THROWS_AS(proxy.proxy().set_pre_routing_handler({}), std::logic_error);
+}
+
+TEST_CASE("own routes: HEAD, OPTIONS and unknown methods") {
+  Embedded proxy(cold_target(), add_routes);
+  RawClient client(proxy.port());
+  const auto head =
+      client.exchange("HEAD /own/hello HTTP/1.1\r\nHost: test\r\n\r\n");
+  CHECK(head.status == 200);
+  CHECK(head.header("Content-Length") == "5");
+  CHECK(client.get("/own/hello").body == "hello");
+  CHECK(client.exchange("OPTIONS /own/hello HTTP/1.1\r\nHost: test\r\n\r\n")
+            .status != 0);
+  RawClient other(proxy.port());
+  CHECK(other
+            .exchange("PROPFIND /own/hello HTTP/1.1\r\nHost: test\r\n"
+                      "Content-Length: 3\r\n\r\nabc")
+            .status >= 400);
+}
+
+TEST_CASE("own routes: pipelined with proxied requests on one connection") {
+  Embedded proxy(cold_target(), add_routes);
+  RawClient client(proxy.port());
+  std::string requests;
+  for (const std::string target :
+       {"/own/hello", "/pid", "/own/number/7?q=x", "/pid", "/own/chunks"}) {
+    requests += "GET " + target + " HTTP/1.1\r\nHost: test\r\n\r\n";
+  }
+  client.send(requests);
+  CHECK(client.read_response().body == "hello");
+  CHECK(client.read_response().status == 200);
+  CHECK(client.read_response().body == "7?x");
+  CHECK(client.read_response().status == 200);
+  CHECK(client.read_response().body == "abcabcabc");
+}
+
+TEST_CASE("own routes: keep-alive is ours") {
+  auto options = cold_target();
+  options.keep_alive_timeout = Milliseconds(30000);
+  Embedded proxy(options, add_routes);
+  RawClient client(proxy.port());
+  const auto kept = client.get("/own/hello");
+  CHECK(kept.header("Keep-Alive") == "timeout=30");
+  CHECK(kept.header("Connection") == "");
+  const auto closed = client.get("/own/hello", "Connection: close\r\n");
+  CHECK(closed.header("Connection") == "close");
+  CHECK(closed.header("Keep-Alive") == "");
+  CHECK(client.at_end());
+  RawClient old(proxy.port());
+  old.send("GET /own/hello HTTP/1.0\r\n\r\n");
+  CHECK(old.read_response().body == "hello");
+  CHECK(old.at_end());
+}
+
+// Whatever the handler or cpp-httplib leaves of a request must not be read as
+// the next one.
+TEST_CASE("own routes: the rest of a request is no request") {
+  Embedded proxy(cold_target(), add_routes);
+  const std::string hidden = "GET /own/number/666 HTTP/1.1\r\nHost: x\r\n\r\n";
+  for (const std::string start :
+       {"GET /own/hello", "PROPFIND /own/hello", "POST /own/none"}) {
+    RawClient client(proxy.port());
+    client.send(start + " HTTP/1.1\r\nHost: test\r\nContent-Length: " +
+                std::to_string(hidden.size()) + "\r\n\r\n" + hidden);
+    client.shutdown_write();
+    CHECK(client.read_to_end().find("666") == std::string::npos);
+  }
+}
+
+TEST_CASE("own routes: the client's address, and no invented one") {
+  const std::string claims =
+      "X-Forwarded-For: 6.6.6.6\r\nX-Real-IP: 6.6.6.6\r\n";
+  SUBCASE("by default") {
+    Embedded proxy(cold_target(), add_routes);
+    CHECK(RawClient(proxy.port()).get("/own/who", claims).body ==
+          "127.0.0.1||");
+  }
+  SUBCASE("with trust_proxy") {
+    auto options = cold_target();
+    options.trust_proxy = true;
+    Embedded proxy(options, add_routes);
+    CHECK(RawClient(proxy.port()).get("/own/who", claims).body ==
+          "127.0.0.1|6.6.6.6|6.6.6.6");
+  }
+}
+
+TEST_CASE("own routes: a handler that throws") {
+  Embedded proxy(cold_target(), add_routes);
+  CHECK(RawClient(proxy.port()).get("/own/throw").status == 500);
+  CHECK(RawClient(proxy.port()).get("/own/hello").status == 200);
+}
+
+TEST_CASE("own routes: handlers that wait hold up nobody else") {
+  Gate gate;
+  Embedded proxy(cold_target(), [&](warmproxy::Proxy &p) {
+    add_routes(p);
+    p.routes("/own").Get("/own/wait",
+                         [&](const Request &, httplib::Response &res) {
+                           gate.wait();
+                           res.set_content("waited", "text/plain");
+                         });
+  });
+  std::list<RawClient> waiting; // more than the pool has threads
+  for (int i = 0; i < 40; ++i) {
+    waiting.emplace_back(proxy.port());
+    waiting.back().send("GET /own/wait HTTP/1.1\r\nHost: test\r\n\r\n");
+  }
+  CHECK(get(proxy.port(), "/pid").status == 200); // proxied meanwhile
+  waiting.pop_back();                             // one client disconnects
+  gate.open();
+  for (auto &client : waiting) {
+    CHECK(client.read_response().body == "waited");
+  }
+}
+
+TEST_CASE("own routes: stop() lets one finish") {
+  Gate begun, gate;
+  Embedded proxy(cold_target(), [&](warmproxy::Proxy &p) {
+    p.routes("/own").Get("/own/wait",
+                         [&](const Request &, httplib::Response &res) {
+                           begun.open();
+                           gate.wait();
+                           res.set_content("waited", "text/plain");
+                         });
+  });
+  RawClient client(proxy.port());
+  client.send("GET /own/wait HTTP/1.1\r\nHost: test\r\n\r\n");
+  begun.wait();
+  proxy.proxy().stop();
+  gate.open();
+  CHECK(client.read_response().body == "waited");
+  proxy.stop();
+}
+
+TEST_CASE("own routes: a stream ends with the stop budget") {
+  auto options = cold_target();
+  options.stop_timeout = Milliseconds(200);
+  Embedded proxy(options, [](warmproxy::Proxy &p) {
+    p.routes("/own").Get(
+        "/own/stream", [](const Request &, httplib::Response &res) {
+          res.set_chunked_content_provider(
+              "text/plain", [](std::size_t, httplib::DataSink &sink) {
+                poll(nullptr, 0, 1);
+                return sink.write("x", 1), true;
+              });
+        });
+  });
+  RawClient client(proxy.port());
+  client.send("GET /own/stream HTTP/1.1\r\nHost: test\r\n\r\n");
+  client.read_until("x");
+  proxy.stop();
+  CHECK(client.read_to_end().find("0\r\n\r\n") == std::string::npos);
+}
+
+TEST_CASE("own routes: do not count as use of the target") {
+  auto options = fake_target();
+  options.idle_stop = Milliseconds(100);
+  Embedded proxy(options, add_routes);
+  CHECK(get(proxy.port(), "/pid").status == 200);
+  RawClient client(proxy.port());
+  CHECK(wait_for([&] {
+    CHECK(client.get("/own/hello").status == 200);
+    return proxy.status().state == "cold";
+  }));
+}
+
+TEST_CASE("pre-routing: handled requests do not start the target") {
+  Embedded proxy(cold_target(), [](warmproxy::Proxy &p) {
+    add_routes(p);
+    p.set_pre_routing_handler([](const Request &req, httplib::Response &res) {
+      if (req.has_header("Authorization")) {
+        return HandlerResponse::Unhandled;
+      }
+      res.status = 401;
+      res.set_header("WWW-Authenticate", "Basic");
+      res.set_content(req.method + " " + req.path + " " +
+                          req.get_param_value("q") + " " + req.remote_addr +
+                          " " + req.get_header_value("X-Forwarded-For"),
+                      "text/plain");
+      return HandlerResponse::Handled;
+    });
+  });
+  RawClient client(proxy.port());
+  const auto refused =
+      client.exchange("PROPFIND /a%20b?q=1+2 HTTP/1.1\r\nHost: test\r\n"
+                      "X-Forwarded-For: 6.6.6.6\r\nRange: nonsense\r\n\r\n");
+  CHECK(refused.status == 401);
+  CHECK(refused.header("WWW-Authenticate") == "Basic");
+  CHECK(refused.body == "PROPFIND /a b 1 2 127.0.0.1 ");
+  CHECK(client.get("/own/hello").body == "hello"); // own routes come first
+  CHECK(proxy.status().state == "cold");
+  CHECK(client.get("/pid", "Authorization: Basic eA==\r\n").status == 200);
+  CHECK(proxy.status().state == "up");
+}
+
+TEST_CASE("pre-routing: an exception and a content provider are a 500") {
+  Embedded proxy(cold_target(), [](warmproxy::Proxy &p) {
+    p.set_pre_routing_handler([](const Request &req, httplib::Response &res) {
+      if (req.path == "/throw") { throw std::runtime_error("thrown"); }
+      res.set_chunked_content_provider(
+          "text/plain", [](std::size_t, httplib::DataSink &) { return true; });
+      return HandlerResponse::Handled;
+    });
+  });
+  RawClient client(proxy.port());
+  CHECK(client.get("/throw").status == 500);
+  CHECK(client.get("/provider").status == 500);
+}
