@@ -212,9 +212,9 @@ TEST_CASE("bodies: sizes around those of buffers") {
     for (const auto size : {base - 1, base, base + 1}) {
       CAPTURE(size);
       const auto body = generated(size);
-      const auto answer = client.post("/", body);
-      CHECK(answer.complete);
-      CHECK((answer.body == body));
+      const auto raw_response = client.post("/", body);
+      CHECK(raw_response.complete);
+      CHECK((raw_response.body == body));
       const auto raw = chunked(body, std::max<std::size_t>(size / 3, 1));
       const auto echo = client.exchange("POST / HTTP/1.1\r\nHost: test\r\n" +
                                         in_chunks + "\r\n" + raw);
@@ -245,24 +245,24 @@ TEST_CASE("bodies: a chunked request in pieces of every size") {
 }
 
 TEST_CASE("bodies: a chunked response in pieces of every size") {
-  const auto answer = "HTTP/1.1 200 OK\r\nA: 1\r\n" + in_chunks + "\r\n" +
-                      chunked("hello, chunks", 5, ";a=\"b\"", "T: 1\r\n");
+  const auto raw_response = "HTTP/1.1 200 OK\r\nA: 1\r\n" + in_chunks + "\r\n" +
+                            chunked("hello, chunks", 5, ";a=\"b\"", "T: 1\r\n");
   std::atomic<std::size_t> size{1};
   Stage stage([&](TargetConnection &c) {
     while (!c.read_head().empty()) {
-      for (std::string_view rest = answer; !rest.empty();
+      for (std::string_view rest = raw_response; !rest.empty();
            rest.remove_prefix(std::min(size.load(), rest.size()))) {
         c.send(rest.substr(0, size));
       }
     }
   });
-  for (; size < answer.size(); ++size) {
+  for (; size < raw_response.size(); ++size) {
     CAPTURE(size.load());
     RawClient client(stage.port());
     for (int i = 0; i < 2; ++i) { // what follows is not mistaken either
       const auto response = client.get();
       CHECK(response.complete);
-      CHECK(response.head + response.raw_body == answer);
+      CHECK(response.head + response.raw_body == raw_response);
     }
   }
 }

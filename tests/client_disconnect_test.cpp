@@ -10,20 +10,21 @@ TEST_CASE("client disconnect: the target learns of it at once") {
       "POST / HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n";
   const struct {
     std::string when;
-    std::string request, answer;
+    std::string request, raw_response;
   } moments[] = {
-      {"before the answer", plain, ""},
+      {"before the response", plain, ""},
       {"after its body", post_head + "body", ""},
       {"before its body", post_head, ""},
       {"within its body", post_head + "bo", ""},
       {"within a chunk", chunked + "4\r\nbo", ""},
       {"between chunks", chunked + "4\r\nbody\r\n", ""},
       {"behind a pipelined one", plain + plain, ""},
-      {"within the answer", plain,
+      {"within the response", plain,
        "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\npart"},
-      {"within a chunked answer", plain,
+      {"within a chunked response", plain,
        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\npart\r\n"},
-      {"within an answer without an end", plain, "HTTP/1.1 200 OK\r\n\r\npart"},
+      {"within a response without an end", plain,
+       "HTTP/1.1 200 OK\r\n\r\npart"},
       {"within both", post_head + "bo",
        "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\npart"},
   };
@@ -42,14 +43,14 @@ TEST_CASE("client disconnect: the target learns of it at once") {
       Gate gone;
       Stage stage([&](TargetConnection &c) {
         if (c.read_head().empty()) { return; }
-        c.send(moment.answer);
+        c.send(moment.raw_response);
         c.read_to_end();
         gone.open();
       });
       RawClient client(stage.port());
       client.send(moment.request);
       stage.target.request();
-      if (!moment.answer.empty()) { client.read_until("part"); }
+      if (!moment.raw_response.empty()) { client.read_until("part"); }
       CHECK(stage.proxy.status().in_flight == 1);
       way.leave(client);
       gone.wait();
@@ -110,7 +111,7 @@ TEST_CASE("client disconnect: nothing leaks at any stage") {
       {"within the head", "GET / HTTP/1.1\r\nHo", ""},
       {"behind the head", request("GET /pid"), ""},
       {"behind several", get_pid + get_pid + get_pid, ""},
-      {"while it waits for the answer", request("GET /slow?ms=20"), ""},
+      {"while it waits for the response", request("GET /slow?ms=20"), ""},
       {"before the body", request("POST /upload", "Content-Length: 9\r\n"), ""},
       {"within the body",
        request("POST /upload", "Content-Length: 9000000\r\n") +
@@ -119,12 +120,12 @@ TEST_CASE("client disconnect: nothing leaks at any stage") {
       {"within a chunk",
        request("POST /upload", "Transfer-Encoding: chunked\r\n") + "9\r\nxx",
        ""},
-      {"within the answer", request("GET /bytes?n=50000000"), "\r\n\r\n"},
-      {"within a chunked answer", request("GET /chunked?n=50000000"),
+      {"within the response", request("GET /bytes?n=50000000"), "\r\n\r\n"},
+      {"within a chunked response", request("GET /chunked?n=50000000"),
        "\r\n\r\n"},
-      {"within an answer that ends by close", request("GET /close?n=50000000"),
+      {"within a response that ends by close", request("GET /close?n=50000000"),
        "\r\n\r\n"},
-      {"behind the answer", get_pid, "\r\n\r\n"},
+      {"behind the response", get_pid, "\r\n\r\n"},
       {"within a stream", request("GET /sse?n=2&gate=" + (directory / "never")),
        "data: 1"},
       {"within a tunnel", request("GET /ws", upgrade) + "hello", "hello"},

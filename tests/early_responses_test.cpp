@@ -14,8 +14,9 @@ TEST_CASE("early responses: a 413 reaches a client that still sends 20 MB") {
   // bytes unread resets, and what it had not sent by then is gone for any
   // client.
   const std::string body(10000, 'l');
-  const std::string answer = "HTTP/1.1 413 Too Large\r\nContent-Length: " +
-                             std::to_string(body.size()) + "\r\n\r\n" + body;
+  const std::string raw_response =
+      "HTTP/1.1 413 Too Large\r\nContent-Length: " +
+      std::to_string(body.size()) + "\r\n\r\n" + body;
   const std::size_t large = 20u << 20;
   const struct {
     std::string name;
@@ -30,7 +31,7 @@ TEST_CASE("early responses: a 413 reaches a client that still sends 20 MB") {
        }},
       {"and never reads",
        [](TargetConnection &c) {
-         // Until nobody is left to send: only then the answer was not lost.
+         // Until nobody is left to send: only then the response was not lost.
          pollfd p = {c.fd(), POLLRDHUP, 0};
          poll(&p, 1, static_cast<int>(patience.count()));
        }},
@@ -41,7 +42,7 @@ TEST_CASE("early responses: a 413 reaches a client that still sends 20 MB") {
       CAPTURE(chunked);
       Stage stage([&](TargetConnection &connection) {
         if (connection.read_head().empty()) { return; }
-        connection.send(answer);
+        connection.send(raw_response);
         c.end(connection);
       });
       RawClient client(stage.port());

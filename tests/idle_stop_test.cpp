@@ -123,7 +123,7 @@ TEST_CASE("idle stop: many cycles under load") {
   CHECK(proxy.reaches("cold"));
   CHECK(proxy.comes_back_to(before));
   const auto after = proxy.figures();
-  MESSAGE(answered, " requests answered over ", proxy.number("starts"),
+  MESSAGE(served, " requests served over ", proxy.number("starts"),
           " starts; resident before ", before.rss, " kB, after ", after.rss,
           " kB; ", after.fds, " descriptors, ", after.threads, " threads");
   if (!sanitized) { CHECK(after.rss < before.rss + 512); }

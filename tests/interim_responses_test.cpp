@@ -27,14 +27,14 @@ TEST_CASE(
       CHECK(client.read_response().body == "body");
     }
   }
-  SUBCASE("which asks and answers in one piece") {
+  SUBCASE("which asks and responds in one piece") {
     Stage stage(playing({sending("HTTP/1.1 100 Continue\r\n\r\n" + ok())}));
     RawClient client(stage.port());
     client.send(head + "body");
     CHECK(client.read_response().status == 100);
     CHECK(client.read_response().status == 200);
   }
-  SUBCASE("which answers without the body") {
+  SUBCASE("which responds without the body") {
     for (const std::string status : {"417 No", "401 Who", "200 OK"}) {
       CAPTURE(status);
       Stage stage([&](TargetConnection &c) {
@@ -52,7 +52,7 @@ TEST_CASE(
       CHECK(client.at_end());
     }
   }
-  SUBCASE("which does not answer it: the body may come anyway") {
+  SUBCASE("which does not response it: the body may come anyway") {
     Stage stage(telling());
     RawClient client(stage.port());
     client.send(head);

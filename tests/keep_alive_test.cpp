@@ -9,7 +9,7 @@ using namespace support;
 TEST_CASE("keep-alive: the connection outlives every delimited response") {
   Stage stage(dictated());
   RawClient client(stage.port());
-  for (const std::string answer :
+  for (const std::string raw_response :
        {"HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\nnope",
         "HTTP/1.1 500 Oh\r\nContent-Length: 0\r\n\r\n",
         "HTTP/1.1 400 Bad\r\nContent-Length: 3\r\n\r\nbad",
@@ -21,9 +21,9 @@ TEST_CASE("keep-alive: the connection outlives every delimited response") {
         "1\r\n\r\n",
         "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 1\r\n\r\nx",
         "HTTP/1.0 200 OK\r\nContent-Length: 1\r\n\r\nx"}) {
-    CAPTURE(answer);
-    const auto response = client.exchange(dictate(answer));
-    CHECK(response.status == std::atoi(answer.c_str() + 9));
+    CAPTURE(raw_response);
+    const auto response = client.exchange(dictate(raw_response));
+    CHECK(response.status == std::atoi(raw_response.c_str() + 9));
     CHECK(response.count("Connection") == 0);
     CHECK(client.exchange(dictate(ok("still here"))).body == "still here");
   }
@@ -31,10 +31,11 @@ TEST_CASE("keep-alive: the connection outlives every delimited response") {
 
 TEST_CASE("keep-alive: HTTP/1.0 clients") {
   Stage stage(dictated());
-  const auto request = [](const std::string &lines, const std::string &answer) {
+  const auto request = [](const std::string &lines,
+                          const std::string &raw_response) {
     return "POST / HTTP/1.0\r\n" + lines +
-           "Content-Length: " + std::to_string(answer.size()) + "\r\n\r\n" +
-           answer;
+           "Content-Length: " + std::to_string(raw_response.size()) +
+           "\r\n\r\n" + raw_response;
   };
   SUBCASE("closed by default") {
     RawClient client(stage.port());

@@ -142,7 +142,7 @@ TEST_CASE("limits: 256 descriptors") {
     }
     client.close(); // makes room for the next
   }
-  MESSAGE(good, " answered, ", told, " told to come back");
+  MESSAGE(good, " served, ", told, " told to come back");
   CHECK(good + told == 300);
   CHECK(good >= 80);
   CHECK(told >= 1);

@@ -301,10 +301,11 @@ TEST_CASE("response head: malformed framing is refused even without a body") {
         "Content-Length:", "Transfer-Encoding: gzip"}) {
     CAPTURE(lines);
     for (const std::string method : {"HEAD", "GET"}) {
-      const auto answer = "HTTP/1.1 " +
-                          std::string(method == "GET" ? "304 Same" : "200 OK") +
-                          "\r\n" + lines + "\r\n\r\n";
-      CHECK(exchange(stage.port(), dictate(answer, method)).status == 502);
+      const auto raw_response =
+          "HTTP/1.1 " + std::string(method == "GET" ? "304 Same" : "200 OK") +
+          "\r\n" + lines + "\r\n\r\n";
+      CHECK(exchange(stage.port(), dictate(raw_response, method)).status ==
+            502);
     }
   }
 }

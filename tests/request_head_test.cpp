@@ -142,11 +142,12 @@ TEST_CASE("request head: empty lines before it are skipped") { // RFC 9112, 2.2
 }
 
 TEST_CASE("request head: heads that arrive byte by byte") {
-  const std::string answer = "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
-                             "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+  const std::string raw_response =
+      "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
+      "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
   Stage stage([&](TargetConnection &c) {
     while (!c.read_head().empty()) {
-      for (const char byte : answer) {
+      for (const char byte : raw_response) {
         c.send({&byte, 1});
       }
     }

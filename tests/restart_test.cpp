@@ -85,7 +85,7 @@ TEST_CASE("restart: no GET is lost when the target is killed every second") {
     if (failed++ == 0) { first_failure = instead; }
     return false;
   });
-  MESSAGE(answered.load(), " GETs answered, ", waited.load(),
+  MESSAGE(served.load(), " GETs served, ", waited.load(),
           " of them after a wait, ", failed.load(), " failed, ", kills,
           " kills, ", proxy.status().starts, " starts");
   CHECK(failed == 0);
@@ -124,7 +124,7 @@ TEST_CASE(
     return response.complete && response.header("Connection") != "close";
   });
 
-  // The target writes a line of the body before it answers.
+  // The target writes a line of the body before it responds.
   std::map<std::string, int> arrived;
   for (const auto &id : lines_of(read_file(posts))) {
     ++arrived[id];
@@ -136,9 +136,9 @@ TEST_CASE(
   for (const auto &id : answered) {
     if (arrived[id] == 0) { ++lost; }
   }
-  MESSAGE(answered.size(), " POSTs answered, ", refused.size(),
-          " answered 502, ", cut.size(), " cut, ", twice, " sent twice, ",
-          kills, " kills, ", lines_of(read_file(starts)).size(), " starts");
+  MESSAGE(served.size(), " POSTs served, ", refused.size(), " answered 502, ",
+          cut.size(), " cut, ", twice, " sent twice, ", kills, " kills, ",
+          lines_of(read_file(starts)).size(), " starts");
   CHECK(other == "");
   CHECK(twice == 0);
   CHECK(lost == 0);
@@ -155,16 +155,16 @@ TEST_CASE("restart: a request that kills the target is not repeated forever") {
   TemporaryDirectory directory;
   const auto starts = directory / "starts";
   RunningProxy proxy(fake_target({"--count-file", starts}));
-  SUBCASE("before its answer") {
+  SUBCASE("before its response") {
     const auto response = get(proxy.port(), "/crash");
     CHECK((response.status == 502 || response.status == 503));
     CHECK(response.body.find("warmproxy: ") == 0);
   }
-  SUBCASE("before its answer, and cannot be sent again") {
+  SUBCASE("before its response, and cannot be sent again") {
     CHECK(RawClient(proxy.port()).post("/crash", "x").status == 502);
     CHECK(lines_of(read_file(starts)).size() == 1);
   }
-  SUBCASE("within its answer") {
+  SUBCASE("within its response") {
     RawClient client(proxy.port());
     client.send("GET /crash-mid HTTP/1.1\r\nHost: test\r\n\r\n");
     const auto response = client.read_response();
@@ -234,7 +234,7 @@ TEST_CASE("restart: back-off limits a crash loop") {
     ++allowed;
     pause = std::min(pause * 2, Milliseconds(5000));
   }
-  MESSAGE(count, " starts, ", allowed, " allowed; ", told.load(), " answers");
+  MESSAGE(count, " starts, ", allowed, " allowed; ", told.load(), " responses");
   CHECK(count <= allowed);
   CHECK(count >= 2);
   CHECK(odd == 0);

@@ -36,7 +36,7 @@ TEST_CASE("streaming: each piece of a response arrives at once") {
   const struct {
     std::string name;
     std::string client;              // the request
-    std::string head;                // of the answer
+    std::string head;                // of the response
     std::vector<std::string> pieces; // of the rest, as they are sent
     std::vector<std::string> arrive; // and as they arrive
   } cases[] = {
@@ -70,7 +70,7 @@ TEST_CASE("streaming: each piece of a response arrives at once") {
        event_stream + "Transfer-Encoding: chunked\r\n\r\n",
        {"9\r\ndata: 1\n\n\r\n", "9\r\ndata", ": 2\n\n\r\n", "0\r\n\r\n"},
        {"data: 1\n\n", "data", ": 2\n\n", ""}},
-      {"an interim answer",
+      {"an interim response",
        request,
        "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n",
        {"HTTP/1.1 103 Early Hints\r\nLink: </y>\r\n\r\n",
@@ -141,7 +141,7 @@ TEST_CASE("streaming: each piece of a request body arrives at once") {
 }
 
 TEST_CASE("streaming: both directions alternate within one exchange") {
-  // As gRPC-Web's or a git server's streams: the answer comes while the
+  // As gRPC-Web's or a git server's streams: the response comes while the
   // request goes on, each waiting for the other.
   const int rounds = 100;
   Stage stage([&](TargetConnection &target) {
@@ -170,18 +170,18 @@ TEST_CASE("streaming: both directions alternate within one exchange") {
   CHECK(stage.target.errors().empty());
 }
 
-// Neither direction may wait for the other one to make room. The answer's last
-// byte is held back: nobody would still be sent a body that he has answered.
+// Neither direction may wait for the other one to make room. The response's
+// last byte is held back: nobody would still be sent a body that he has served.
 TEST_CASE("streaming: a large request and a large response at once") {
   const std::uint64_t size = 16u << 20;
   Stage stage([&](TargetConnection &target) {
     if (target.read_head().empty()) { return; }
     target.send("HTTP/1.1 200 OK\r\nContent-Length: " +
                 std::to_string(size + 1) + "\r\n\r\n");
-    const auto answer =
+    const auto raw_response =
         std::async(std::launch::async, [&] { target.send_generated(size); });
     const auto read = target.verify_generated(size);
-    answer.wait();
+    raw_response.wait();
     target.send(read == size ? "!" : "?");
   });
   RawClient client(stage.port());
@@ -198,7 +198,7 @@ TEST_CASE("streaming: a large request and a large response at once") {
 }
 
 TEST_CASE("streaming: a target that responds only after the whole request") {
-  // The answer echoes the whole body, which no buffer between could hold.
+  // The response echoes the whole body, which no buffer between could hold.
   const std::size_t size = 32u << 20;
   Stage stage(answering_with(
       [](const std::string &, const std::string &body) { return ok(body); }));

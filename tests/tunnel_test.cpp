@@ -313,17 +313,18 @@ TEST_CASE("tunnel: a refused upgrade is an ordinary response") {
   for (const std::string status :
        {"403 No", "404 Where", "200 OK", "503 Busy"}) {
     CAPTURE(status);
-    const auto answer = "HTTP/1.1 " + status +
-                        "\r\nSec-WebSocket-Version: 13\r\nContent-Length: "
-                        "4\r\n\r\nbody";
-    Stage stage(answering(answer));
+    const auto raw_response =
+        "HTTP/1.1 " + status +
+        "\r\nSec-WebSocket-Version: 13\r\nContent-Length: "
+        "4\r\n\r\nbody";
+    Stage stage(answering(raw_response));
     RawClient client(stage.port());
     for (int i = 0; i < 2; ++i) {
       // Followed by what would have been the first bytes of the tunnel.
       client.send(websocket + "GET /next HTTP/1.1\r\nHost: test\r\n\r\n");
       for (int part = 0; part < 2; ++part) {
         const auto response = client.read_response();
-        CHECK(response.head + response.body == answer);
+        CHECK(response.head + response.body == raw_response);
       }
       CHECK(stage.last().head.find("GET /next ") == 0);
     }
