@@ -6,7 +6,8 @@
 import { run } from './_support.mjs';
 
 const all = [
-  'caddy', 'prometheus', 'rclone', 'websocketd', 'npm', 'browser', 'status'
+  'caddy', 'prometheus', 'rclone', 'websocketd', 'npm', 'browser', 'status',
+  'miniflux', 'waline', 'artalk'
 ];
 const chosen = process.argv.length > 2 ? process.argv.slice(2) : all;
 

@@ -26,6 +26,7 @@ export const npm = createRequire(path.join(build, 'node', 'any'));
 
 let passed = 0;
 let failed = 0;
+let skipped = 0;
 let cleanups = [];
 
 /** Runs at the end of the group, the last one first. */
@@ -62,6 +63,12 @@ export async function test(name, body, deadline = 60000) {
   } finally { clearTimeout(timer); }
 }
 
+/** Counts tests that cannot run here, and says what is missing. */
+export function skip(what, why) {
+  skipped++;
+  console.log(`  skipped ${what}: ${why}`);
+}
+
 const indent = (text) => text.replace(/^/gm, '          ');
 
 /** Runs the groups in turn; a group is a module's default export. */
@@ -76,7 +83,7 @@ export async function run(groups) {
     }
     await clean_up();
   }
-  console.log(`${passed} passed, ${failed} failed`);
+  console.log(`${passed} passed, ${failed} failed, ${skipped} skipped`);
   process.exit(failed ? 1 : 0);
 }
 
@@ -95,13 +102,13 @@ process.on('unhandledRejection', (error) => {
 
 // --------------------------------------------------------------- small helps
 
-/** Asks again and again until the answer is true; gives that answer. */
+/** Polls until the condition holds; gives its value. */
 export async function until(what, condition, deadline = 15000) {
   const end = Date.now() + deadline;
   for (;;) {
     const answer = await condition();
     if (answer) { return answer; }
-    if (Date.now() > end) { throw new Error(`waited in vain: ${what}`); }
+    if (Date.now() > end) { throw new Error(`timed out waiting until: ${what}`); }
     await pause(10);
   }
 }
@@ -182,7 +189,7 @@ const quoted = (word) => `'${word.replaceAll('\'', '\'\\\'\'')}'`;
 /**
  * Starts build/warmproxy for a target, on a free port, and the target on
  * another one that we know, so that it can be asked directly as well.
- *   target    { binary, args, env }
+ *   target    { binary, args, env, cwd }; `env` may be a function of the port
  *   settings  { idle_stop : '500ms', ... } as WARMPROXY_IDLE_STOP and so on
  */
 export async function start(target, settings = {}) {
@@ -197,12 +204,13 @@ export async function start(target, settings = {}) {
     WARMPROXY_ARGS : (target.args || []).map(quoted).join(' '),
     WARMPROXY_TARGET_PORT : String(target_port),
     WARMPROXY_STATUS_PATH : '/-/warmproxy',
-    ...target.env
+    ...(typeof target.env === 'function' ? target.env(target_port) : target.env)
   };
   for (const [name, value] of Object.entries(settings)) {
     env[`WARMPROXY_${name.toUpperCase()}`] = String(value);
   }
   const child = spawn(proxy_binary, [], {
+    cwd : target.cwd,
     env,
     stdio : [ 'ignore', 'pipe', 'pipe' ]
   });
