@@ -1,6 +1,5 @@
-// Chromium in front: the demo, the waiting page, and what pages of other
-// origins may do.
-// APPS_SHOTS=DIRECTORY keeps pictures of the pages there.
+// Chromium as the client: the demo, the waiting page, CORS and CDN headers.
+// APPS_SHOTS=DIRECTORY stores screenshots there.
 
 import http from 'node:http';
 import {
@@ -18,8 +17,8 @@ async function shot(page, name) {
 }
 
 /**
- * The demo, but it waits before it boots until the test has written into a
- * file what to do: to boot, or to fail.
+ * The demo behind a gate: it does not boot before open(), which may also make
+ * it fail.
  */
 async function gated(settings = {}) {
   const gate = path.join(scratch(), 'gate');
@@ -43,7 +42,7 @@ const starting = (warm) => until(
 const is_demo = (page) => page.waitForSelector('h1:has-text("It is up")');
 const bar = (page) => page.getByRole('progressbar');
 
-// The time that the waiting page tells.
+// The seconds that the waiting page shows.
 const seconds = (page) => page.evaluate(
     () => Number(/(\d+)\s*(s|秒)/.exec(document.body.innerText)[1]));
 
@@ -54,7 +53,7 @@ async function waiting(page, url) {
   return answer;
 }
 
-/** What a page looks like to somebody: colours, as in WCAG. */
+/** The contrast ratio of an element, as WCAG defines it. */
 const contrast = (page, selector) => page.$eval(selector, (element) => {
   const rgb = (text) => text.match(/[\d.]+/g).map(Number);
   const light = (text) => {
@@ -85,7 +84,7 @@ async function closed(...pages) {
 // ------------------------------------------------------------------- the demo
 
 async function the_demo() {
-  await test('the demo boots in its own time and the page is whole', async () => {
+  await test('demo: a cold start, its page and its forms', async () => {
     const warm = await start({ binary : demo });
     const view = await page();
     const answer = await view.goto(`http://127.0.0.1:${warm.port}/`);
@@ -130,7 +129,7 @@ async function the_demo() {
     await warm.stop();
   });
 
-  await test('WebSockets of every size, by the browser itself', async () => {
+  await test('demo: WebSocket messages of every size', async () => {
     const warm = await start({ binary : demo, env : { DEMO_BOOT_MS : '0' } });
     const view = await page();
     await view.goto(`http://127.0.0.1:${warm.port}/`);
@@ -169,7 +168,7 @@ async function the_demo() {
     await warm.stop();
   });
 
-  await test('a cold WebSocket and a cold event stream wait', async () => {
+  await test('demo: WebSocket and event stream as the first request', async () => {
     const elsewhere = await origin();
     for (const script of [
       (url) => new Promise((done, fail) => {
@@ -201,7 +200,7 @@ async function the_demo() {
 // ----------------------------------------------------------- the waiting page
 
 async function the_waiting_page() {
-  await test('a cold visit waits on a page, and then is where it wanted to be',
+  await test('waiting page: shown during a cold start, then replaced by the target',
              async () => {
     const warm = await gated();
     const view = await page();
@@ -216,7 +215,7 @@ async function the_waiting_page() {
     assert.match(headers['retry-after'], /^\d+$/);
     assert.equal(headers['cache-control'], 'no-store');
     assert.match(headers['content-type'], /^text\/html; *charset=utf-8$/i);
-    // A function's instance that has no request open may be frozen.
+    // A platform may freeze an instance that has no request in progress.
     await until('one request is kept open', () => open === 1);
     const first = await seconds(view);
     await until('it says for how long', async () => await seconds(view) > first);
@@ -236,7 +235,7 @@ async function the_waiting_page() {
     await warm.stop();
   });
 
-  await test('who comes later sees for how long it has been starting', async () => {
+  await test('waiting page: a later visitor sees the time since the start began', async () => {
     const warm = await gated();
     const first = await page();
     await waiting(first, warm.url);
@@ -255,7 +254,7 @@ async function the_waiting_page() {
     await warm.stop();
   });
 
-  await test('it needs nobody and nothing from outside', async () => {
+  await test('waiting page: loads nothing from elsewhere', async () => {
     const warm = await gated();
     const view = await page();
     const answer = await waiting(view, warm.url);
@@ -266,9 +265,8 @@ async function the_waiting_page() {
     await warm.stop();
   });
 
-  await test('without JavaScript too', async () => {
-    // An address with a fragment is a case of its own: to reload it takes more
-    // than to go there once more.
+  await test('waiting page: reloads without JavaScript', async () => {
+    // With a fragment, navigating to the same URL would not reload the page.
     for (const address of ['', 'a/b?x=1&y=%2F%20"\'<', '?x=1#part-2']) {
       const warm = await gated();
       const view = await page({ javaScriptEnabled : false });
@@ -286,7 +284,7 @@ async function the_waiting_page() {
     }
   });
 
-  await test('a visit to a warm target never sees it', async () => {
+  await test('waiting page: not shown while the target is up', async () => {
     const warm = await gated({ waiting_page_after : '1ms' });
     warm.open();
     assert.equal((await ask(warm.port)).status, 200);
@@ -298,7 +296,7 @@ async function the_waiting_page() {
     await warm.stop();
   });
 
-  await test('nor does a visit that waits for less than the time set', async () => {
+  await test('waiting page: not shown before waiting_page_after', async () => {
     for (const after of ['45s', '0']) {
       const warm = await gated({ waiting_page_after : after });
       const view = await page();
@@ -312,7 +310,7 @@ async function the_waiting_page() {
     }
   });
 
-  await test('fetch(), scripts, pictures and forms never see it', async () => {
+  await test('waiting page: not shown to fetch(), XMLHttpRequest and subresources', async () => {
     const elsewhere = await origin();
     const warm = await gated({ cors_origins : '*' });
     const view = await page();
@@ -322,7 +320,7 @@ async function the_waiting_page() {
     });
     await view.goto(elsewhere);
     const got = view.evaluate(async (url) => {
-      // Of several requests for one address, a browser sends one at a time.
+      // Distinct URLs, since a browser serializes requests for the same one.
       const bodies = [
         fetch(url),
         fetch(`${url}?html`, { headers : { Accept : 'text/html' } }),
@@ -357,7 +355,7 @@ async function the_waiting_page() {
     await warm.stop();
   });
 
-  await test('nor does a form that is posted', async () => {
+  await test('waiting page: not shown to a posted form', async () => {
     const warm = await gated();
     const view = await page();
     await view.setContent(`<form method=post action="${warm.url}hello">
@@ -373,7 +371,7 @@ async function the_waiting_page() {
     await warm.stop();
   });
 
-  await test('nor do curl and clients like it', async () => {
+  await test('waiting page: not shown to curl', async () => {
     const warm = await gated();
     const asked = [
       command_async('curl', [ '-sS', '-w', ' %{http_code}', warm.url ]),
@@ -393,7 +391,7 @@ async function the_waiting_page() {
     await warm.stop();
   });
 
-  await test('in a frame, and with a second visitor meanwhile', async () => {
+  await test('waiting page: shown in a frame, and to a second visitor', async () => {
     const warm = await gated();
     const frame = await page();
     await frame.setContent(`<iframe src="${warm.url}"></iframe>`);
@@ -408,7 +406,7 @@ async function the_waiting_page() {
     await warm.stop();
   });
 
-  await test('a start that fails meanwhile is said, with a button', async () => {
+  await test('waiting page: a failed start is reported with a button to retry', async () => {
     const warm = await gated();
     const view = await page();
     const url = `${warm.url}?a=b#c`;
@@ -432,7 +430,7 @@ async function the_waiting_page() {
     await warm.stop();
   });
 
-  await test('a start that fails at once too, with and without JavaScript',
+  await test('waiting page: an immediate failure is a page with a way to retry',
              async () => {
     for (const javaScriptEnabled of [ true, false ]) {
       const warm = await gated({ waiting_page_after : '20s' });
@@ -445,7 +443,7 @@ async function the_waiting_page() {
       assert.match(await view.innerText('body'), /\b3\b/);
       await shot(view, `failed-at-once${javaScriptEnabled ? '' : '-no-script'}`);
       warm.open();
-      // Within the pause after a failure it says so once more.
+      // During the back-off after a failure the error page comes again.
       await until('it is up', async () => {
         if (await view.locator('h1:has-text("It is up")').count()) { return true; }
         const again = view.getByRole('button', { name : 'Try again' })
@@ -459,7 +457,7 @@ async function the_waiting_page() {
     }
   });
 
-  await test('a start that takes too long', async () => {
+  await test('waiting page: a start beyond startup_timeout is reported', async () => {
     const warm = await gated({ startup_timeout : '1s' });
     const view = await page();
     assert.equal((await view.goto(warm.url)).status(), 503);
@@ -470,7 +468,7 @@ async function the_waiting_page() {
     await warm.stop();
   });
 
-  await test('in English and in Chinese', async () => {
+  await test('waiting page: English and Chinese', async () => {
     const warm = await gated();
     for (const [locale, language] of [
            [ 'en-US', 'en' ], [ 'en-GB', 'en' ], [ 'de-DE', 'en' ],
@@ -496,7 +494,7 @@ async function the_waiting_page() {
     await warm.stop();
   });
 
-  await test('dark and light, with contrast enough', async () => {
+  await test('waiting page: contrast in light and dark', async () => {
     const warm = await gated();
     const grounds = [];
     for (const colorScheme of ['light', 'dark']) {
@@ -529,7 +527,7 @@ async function the_waiting_page() {
     await warm.stop();
   });
 
-  await test('its bar moves, but not for those who want no motion', async () => {
+  await test('waiting page: respects prefers-reduced-motion', async () => {
     const warm = await gated();
     for (const reducedMotion of ['no-preference', 'reduce']) {
       const view = await page({ reducedMotion });
@@ -543,7 +541,7 @@ async function the_waiting_page() {
     await warm.stop();
   });
 
-  await test('with the few colours of a high contrast mode', async () => {
+  await test('waiting page: forced colors', async () => {
     const warm = await gated();
     const view = await page({ forcedColors : 'active' });
     await waiting(view, warm.url);
@@ -552,12 +550,12 @@ async function the_waiting_page() {
       return backgroundImage !== 'none' || parseFloat(borderTopWidth) > 0;
     });
     await shot(view, 'waiting-forced-colors');
-    assert.ok(drawn, 'the bar cannot be seen');
+    assert.ok(drawn, 'the bar is invisible');
     await closed(view);
     await warm.stop();
   });
 
-  await test('on a phone, upright and across, and with large letters', async () => {
+  await test('waiting page: fits small screens and large text', async () => {
     const warm = await gated();
     for (const [name, viewport, letters] of [
            [ 'phone', { width : 360, height : 640 }, 1 ],
@@ -589,7 +587,7 @@ async function the_waiting_page() {
     await warm.stop();
   });
 
-  await test('for those who hear it', async () => {
+  await test('waiting page: screen readers and keyboard', async () => {
     const warm = await gated();
     const view = await page();
     await waiting(view, warm.url);
@@ -598,7 +596,7 @@ async function the_waiting_page() {
     await view.getByRole('heading', { level : 1 }).waitFor();
     const live = view.locator('[role=status], [aria-live=polite]').first();
     const before = await live.innerText();
-    // What counts up is not read out every second.
+    // The counter is outside the live region, or it would be read every second.
     assert.doesNotMatch(before, /\d+ s/);
     warm.open('exit 3');
     await view.getByRole('button', { name : 'Try again' }).waitFor();
@@ -611,7 +609,7 @@ async function the_waiting_page() {
     await warm.stop();
   });
 
-  await test('it survives that warmproxy is not to be reached', async () => {
+  await test('waiting page: survives a lost network connection', async () => {
     const warm = await gated();
     const view = await page();
     await waiting(view, warm.url);
@@ -628,7 +626,7 @@ async function the_waiting_page() {
 
 // ---------------------------------------------------------------- two origins
 
-/** A place on another port: an empty page, whatever is asked for. */
+/** Another origin: a server that answers everything with an empty page. */
 async function origin() {
   const server = http.createServer((request, response) => {
     response.setHeader('Content-Type', 'text/html');
@@ -645,7 +643,7 @@ const application = (files = '.') => ({
   env : { APPS_BUILD : build, FILES : files }
 });
 
-/** fetch() in a page: what the script gets to see. */
+/** fetch() in a page: what the script can read of the response. */
 const fetched = (page, url, init = {}) => page.evaluate(
     ([ url, init ]) => fetch(url, init).then(
         async (answer) => ({
@@ -667,7 +665,7 @@ async function two_origins() {
   await there.goto(theirs);
   const starts = async () => (await warm.status()).starts;
 
-  await test('a preflight is answered without the target', async () => {
+  await test('cors: a preflight does not start the target', async () => {
     const answer = await ask(warm.port, {
       method : 'OPTIONS',
       path : '/seen',
@@ -686,7 +684,7 @@ async function two_origins() {
     assert.equal(await starts(), 0);
   });
 
-  await test('a preflighted request from an origin that may', async () => {
+  await test('cors: a preflighted request of an allowed origin', async () => {
     const init = {
       method : 'PUT',
       body : '{"a":1}',
@@ -705,7 +703,7 @@ async function two_origins() {
                  200);
   });
 
-  await test('a simple request', async () => {
+  await test('cors: a simple request', async () => {
     const got = await fetched(here, `${url}/`);
     assert.equal(got.status, 200);
     assert.match(got.text, /home/);
@@ -719,7 +717,7 @@ async function two_origins() {
     assert.deepEqual(JSON.parse(form.text), { b : 2 });
   });
 
-  await test('a request with credentials', async () => {
+  await test('cors: credentials', async () => {
     const login = await fetched(here, `${url}/login`, {
       method : 'POST',
       credentials : 'include',
@@ -739,7 +737,7 @@ async function two_origins() {
     assert.match(answer.all('Vary').join(), /Origin/);
   });
 
-  await test('the target\'s own allow headers do not count', async () => {
+  await test('cors: replaces the target\'s own headers', async () => {
     const got = await fetched(here, `${url}/own-cors`);
     assert.equal(got.status, 200);
     const answer = await ask(
@@ -750,7 +748,7 @@ async function two_origins() {
     assert.deepEqual(none.all('Access-Control-Allow-Origin'), []);
   });
 
-  await test('an error of warmproxy\'s can be read by the page that asked',
+  await test('cors: the page can read our error responses',
              async () => {
     const broken = await start({ binary : '/bin/false' },
                                { cors_origins : ours });
@@ -760,7 +758,7 @@ async function two_origins() {
     await broken.stop();
   });
 
-  await test('any origin, with and without credentials', async () => {
+  await test('cors: any origin, with and without credentials', async () => {
     const open = await start(application(), { cors_origins : '*' });
     const url = `http://127.0.0.1:${open.port}`;
     assert.equal((await fetched(there, `${url}/`)).status, 200);
@@ -776,7 +774,7 @@ async function two_origins() {
     await open.stop();
   });
 
-  await test('without a list it is the target\'s business', async () => {
+  await test('cors: without cors_origins the target decides', async () => {
     const plain = await start(application());
     const url = `http://127.0.0.1:${plain.port}`;
     assert.equal((await fetched(here, `${url}/`)).error, 'TypeError');
@@ -801,7 +799,7 @@ async function caches() {
                            { cdn_cache : '1h', cors_origins : ours });
   const url = `http://127.0.0.1:${warm.port}`;
 
-  await test('scripts and styles are for a CDN to keep, and nothing else',
+  await test('cdn cache: scripts and style sheets only',
              async () => {
     const kept = [ 'public, s-maxage=3600', 'public, max-age=3600',
                    'public, max-age=3600' ];
@@ -830,7 +828,7 @@ async function caches() {
     }
   });
 
-  await test('nor is that undone by a 304', async () => {
+  await test('cdn cache: a 304 repeats the header', async () => {
     const whole = await ask(warm.port, { path : '/files/app.js' });
     const answer = await ask(warm.port, {
       path : '/files/app.js',
@@ -840,7 +838,7 @@ async function caches() {
     assert.deepEqual(answer.all('Cache-Control'), whole.all('Cache-Control'));
   });
 
-  await test('a page of another origin uses them', async () => {
+  await test('cdn cache: a page of another origin loads them', async () => {
     const view = await page();
     await view.goto(ours);
     await view.evaluate(async (url) => {

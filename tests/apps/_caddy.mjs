@@ -1,4 +1,4 @@
-// Caddy: files, whole and in parts, large and compressed.
+// Caddy: static files, ranges, large files, compression.
 
 import { gzipSync } from 'node:zlib';
 import {
@@ -13,7 +13,7 @@ function site() {
     const file = path.join(root, name);
     fs.mkdirSync(path.dirname(file), { recursive : true });
     fs.writeFileSync(file, content);
-    // A time that is not now, and not a full second.
+    // Neither now nor a whole second: validators depend on it.
     fs.utimesSync(file, 1700000000.25, 1700000000.25);
   };
   write('hello.txt', 'Hello, warm world.\n');
@@ -36,7 +36,7 @@ function site() {
   return root;
 }
 
-// The boundary between parts is drawn anew for each answer.
+// Every response has another random boundary.
 function fixed_boundary(answer) {
   const type = answer.headers.find(([ name ]) => name === 'Content-Type');
   const drawn = /boundary=(\w+)/.exec(type[1])[1];
@@ -47,7 +47,7 @@ function fixed_boundary(answer) {
 export default async function() {
   const root = site();
 
-  await test('file-server, started by the first request', async () => {
+  await test('caddy: the first request starts it', async () => {
     const warm = await start({
       binary : 'caddy',
       args : [
@@ -97,14 +97,14 @@ export default async function() {
 
   const get = (path, ...headers) => ({ path, headers });
 
-  await test('whole files', async () => {
+  await test('caddy: whole files', async () => {
     assert.equal((await same(warm, get('/hello.txt'))).status, 200);
     assert.equal((await same(warm, get('/empty.txt'))).body.length, 0);
     assert.equal((await same(warm, get('/page.html'))).status, 200);
     assert.equal((await same(warm, get('/folder/'))).status, 200);
   });
 
-  await test('one range', async () => {
+  await test('caddy: a single range', async () => {
     for (const range of ['bytes=0-99', 'bytes=100-100', 'bytes=-7',
                          'bytes=20000-', 'bytes=0-999999']) {
       const answer = await same(warm, get('/numbers.txt', [ 'Range', range ]));
@@ -113,7 +113,7 @@ export default async function() {
     }
   });
 
-  await test('several ranges', async () => {
+  await test('caddy: several ranges', async () => {
     for (const range of ['bytes=0-0,-1', 'bytes=0-99,200-299, 1000-1001']) {
       const answer = await same(
           warm, get('/numbers.txt', [ 'Range', range ]), fixed_boundary);
@@ -122,7 +122,7 @@ export default async function() {
     }
   });
 
-  await test('If-Range', async () => {
+  await test('caddy: If-Range', async () => {
     const whole = await ask(warm.port, get('/numbers.txt'));
     const range = [ 'Range', 'bytes=5-9' ];
     const tag = whole.header('ETag');
@@ -137,7 +137,7 @@ export default async function() {
     assert.equal(await ask_if('Thu, 01 Jan 1970 00:00:00 GMT'), 200);
   });
 
-  await test('ranges that cannot be had', async () => {
+  await test('caddy: unsatisfiable and invalid ranges', async () => {
     for (const range of ['bytes=999999-', 'bytes=9-1', 'bytes=a-b', 'lines=1-2',
                          'bytes=']) {
       await same(warm, get('/numbers.txt', [ 'Range', range ]));
@@ -147,7 +147,7 @@ export default async function() {
     assert.equal(answer.status, 416);
   });
 
-  await test('HEAD', async () => {
+  await test('caddy: HEAD', async () => {
     for (const path of ['/hello.txt', '/empty.txt', '/nowhere', '/listed/']) {
       const answer = await same(warm, { method : 'HEAD', path });
       assert.equal(answer.body.length, 0);
@@ -156,7 +156,7 @@ export default async function() {
     assert.equal(answer.header('Content-Length'), String(large));
   });
 
-  await test('304 to those who have it', async () => {
+  await test('caddy: conditional requests', async () => {
     const whole = await ask(warm.port, get('/hello.txt'));
     for (const condition of [
       [ 'If-None-Match', whole.header('ETag') ], [ 'If-None-Match', '*' ],
@@ -168,7 +168,7 @@ export default async function() {
                      .status, 412);
   });
 
-  await test('compressed on the fly and beforehand', async () => {
+  await test('caddy: compressed responses and precompressed files', async () => {
     const packed = [ 'Accept-Encoding', 'gzip, br' ];
     const page = await same(warm, get('/page.html', packed));
     assert.equal(page.header('Content-Encoding'), 'gzip');
@@ -182,7 +182,7 @@ export default async function() {
     assert.equal(plain.header('Content-Encoding'), undefined);
   });
 
-  await test('listings', async () => {
+  await test('caddy: directory listings', async () => {
     const listing = await same(warm, get('/listed/'));
     assert.match(listing.text, /one\.txt/);
     const json = await same(warm, get('/listed/', [ 'Accept', 'application/json' ]));
@@ -190,7 +190,7 @@ export default async function() {
     await same(warm, get('/listed/?sort=size&order=desc'));
   });
 
-  await test('redirects, errors, other methods, odd paths', async () => {
+  await test('caddy: redirects, errors, other methods, unusual paths', async () => {
     assert.equal((await same(warm, get('/old'))).status, 302);
     assert.equal((await same(warm, get('/away'))).status, 308);
     assert.equal((await same(warm, get('/folder'))).status, 308);
@@ -209,7 +209,7 @@ export default async function() {
     }
   });
 
-  await test('200 MB whole, in constant memory', async () => {
+  await test('caddy: 200 MB in constant memory', async () => {
     const before = warm.memory_kb();
     const direct =
         await ask(warm.target_port, { path : '/large.bin', digest : true });
@@ -221,7 +221,7 @@ export default async function() {
     assert.ok(grown < 20000, `grew by ${grown} KB`);
   });
 
-  await test('200 MB in 64 ranges at once', async () => {
+  await test('caddy: 200 MB in 64 concurrent ranges', async () => {
     const part = Math.ceil(large / 64);
     const parts = await Promise.all(Array.from({ length : 64 }, (_, i) => ask(
         warm.port,
@@ -233,7 +233,7 @@ export default async function() {
         sha256(fs.readFileSync(path.join(root, 'large.bin'))));
   });
 
-  await test('a download broken off by the client ends at the target too',
+  await test('caddy: a download aborted by the client is aborted at the target',
              async () => {
     const answer = await ask(warm.port, { path : '/large.bin', stream : true });
     await new Promise((done) => answer.message.once('data', done));

@@ -1,4 +1,4 @@
-// An Express application, and WebSockets by the package ws on both sides.
+// An Express application, and WebSockets with the package ws on both sides.
 
 import { gzipSync } from 'node:zlib';
 import {
@@ -9,7 +9,7 @@ import { all_kinds, half_open, large, same_talk } from './_sockets.mjs';
 
 const form_type = [ 'Content-Type', 'application/x-www-form-urlencoded' ];
 
-// What the target is told about who asks.
+// The headers that warmproxy sets.
 const forwarded = /^x-forwarded-/i;
 
 function seen(answer) {
@@ -32,7 +32,7 @@ export default async function() {
   });
   const { port, target_port } = warm;
 
-  await test('a form sent to a cold target is not lost', async () => {
+  await test('express: a form as the first request', async () => {
     const cold = await ask(port, {
       method : 'POST',
       path : '/login',
@@ -47,7 +47,7 @@ export default async function() {
     assert.equal((await same(warm, { path : '/me' })).status, 401);
   });
 
-  await test('a request arrives as it was sent', async () => {
+  await test('express: requests are forwarded unchanged', async () => {
     for (const request of [
       { path : '/seen/%2F%FF//./../x;y?a=+&b=%20&?' },
       { path : '/seen?' },
@@ -90,7 +90,7 @@ export default async function() {
     }
   });
 
-  await test('chunks with trailers arrive', async () => {
+  await test('express: chunked request with trailers', async () => {
     const talk = (port) => new Promise((done, fail) => {
       const socket = net.connect(port, '127.0.0.1');
       let got = '';
@@ -111,7 +111,7 @@ export default async function() {
     assert.deepEqual(through.trailers, [ 'X-Sum', '13' ]);
   });
 
-  await test('what a framework believes of its visitor', async () => {
+  await test('express: the client address a framework sees', async () => {
     assert.deepEqual((await ask(port, { path : '/believed' })).json, {
       ip : '127.0.0.1',
       ips : [ '127.0.0.1' ],
@@ -120,7 +120,7 @@ export default async function() {
     });
   });
 
-  await test('answers as Express makes them', async () => {
+  await test('express: responses are forwarded unchanged', async () => {
     const page = await same(warm, { path : '/' });
     assert.equal(
         (await same(warm, {
@@ -140,13 +140,13 @@ export default async function() {
     assert.equal(trailers.trailers.length, 1);
   });
 
-  await test('interim answers', async () => {
+  await test('express: interim responses', async () => {
     const early = await same(warm, { path : '/early' });
     assert.deepEqual(early.interim.map(([ status ]) => status), [ 103, 102 ]);
     assert.equal(early.text, 'late');
   });
 
-  await test('Expect: 100-continue', async () => {
+  await test('express: Expect and 100 Continue', async () => {
     const body = noise(50000);
     const expecting = (...more) => () => ({
       method : 'POST',
@@ -165,7 +165,7 @@ export default async function() {
     assert.equal(refused.status, 417);
   });
 
-  await test('compression, as the target chose it', async () => {
+  await test('express: content codings', async () => {
     for (const coding of ['gzip', 'deflate', 'br', 'identity']) {
       const answer = await same(warm, {
         path : '/packed',
@@ -191,7 +191,7 @@ export default async function() {
     });
   });
 
-  await test('uploads by fetch and by curl', async () => {
+  await test('express: uploads by fetch and curl', async () => {
     const file = noise(30000000, 5);
     const form = new FormData();
     form.set('title', 'ü & %41');
@@ -217,7 +217,7 @@ export default async function() {
     }
   });
 
-  await test('an upload is answered while it is still going on', async () => {
+  await test('express: response streamed during the upload', async () => {
     let more;
     const answer = await ask(port, {
       method : 'POST',
@@ -243,7 +243,7 @@ export default async function() {
     await until('the end', () => text.endsWith('all\n'));
   });
 
-  await test('an upload refused at once', async () => {
+  await test('express: early response to an upload', async () => {
     const done = await command_async('sh', [
       '-c', 'head -c 20000000 /dev/zero | '
           + 'curl -sS -w " %{http_code}" --data-binary @- -H Expect: "$1"',
@@ -252,7 +252,7 @@ export default async function() {
     assert.equal(done.stdout, 'too much 413', done.stderr);
   });
 
-  await test('events come one by one', async () => {
+  await test('express: events are not buffered', async () => {
     const record = async (port, name) => {
       const answer = await ask(port, { path : `/events?name=${name}`, stream : true });
       assert.equal(answer.header('Content-Type'), 'text/event-stream; charset=utf-8');
@@ -269,7 +269,7 @@ export default async function() {
     assert.equal(await record(port, 'a'), await record(target_port, 'b'));
   });
 
-  await test('a reader of events who leaves is gone at the target', async () => {
+  await test('express: a disconnect ends the event stream at the target', async () => {
     const answer = await ask(port, { path : '/events?name=left', stream : true });
     const waiting = async () =>
         (await ask(target_port, { path : '/waiting' })).json;
@@ -278,13 +278,13 @@ export default async function() {
     await until('the target knows', async () => (await waiting()).length === 0);
   });
 
-  await test('an answer cut short is cut short', async () => {
+  await test('express: a truncated response stays truncated', async () => {
     for (const each of [ target_port, port ]) {
       await assert.rejects(ask(each, { path : '/cut' }), /aborted|ECONNRESET|hang up/);
     }
   });
 
-  await test('files with ranges', async () => {
+  await test('express: files and ranges', async () => {
     await same(warm, { path : '/files/photo.jpg' });
     await same(warm, {
       path : '/files/photo.jpg',
@@ -297,25 +297,25 @@ export default async function() {
     await same(warm, { path : '/files/../_target.mjs' });
   });
 
-  await test('WebSocket: every kind of message', async () => {
+  await test('websocket: every kind of message', async () => {
     const record = await same_talk(warm, '/socket', all_kinds);
     assert.deepEqual(record.at(-1), [ 'close', 4321, 'enough' ]);
     assert.equal(record.length, 8);
   });
 
-  await test('WebSocket: compressed', async () => {
+  await test('websocket: permessage-deflate', async () => {
     const record = await same_talk(warm, '/socket', all_kinds,
                                    { perMessageDeflate : { threshold : 0 } });
     assert.match(record[0][2]['sec-websocket-extensions'], /permessage-deflate/);
     await same_talk(warm, '/socket', large(3), { perMessageDeflate : true });
   });
 
-  await test('WebSocket: a megabyte, and sixteen at once', async () => {
+  await test('websocket: one and sixteen messages of a megabyte', async () => {
     await same_talk(warm, '/socket', large(1));
     await same_talk(warm, '/socket', large(16));
   });
 
-  await test('WebSocket: pings from the target, protocols, ends', async () => {
+  await test('websocket: pings, subprotocols, close codes', async () => {
     const pings = await same_talk(
         warm, '/socket?ping', async (socket, { messages }) => {
           await messages(1);
@@ -337,25 +337,25 @@ export default async function() {
                  1006);
   });
 
-  await test('WebSocket: refused', async () => {
+  await test('websocket: a refused upgrade', async () => {
     const refused = await same_talk(warm, '/elsewhere');
     assert.equal(refused[0][1], 401);
     assert.deepEqual(refused[1], [ 'body', 'not today' ]);
   });
 
-  await test('another protocol, with one side at its end first', async () => {
+  await test('express: upgrade to another protocol with half-close', async () => {
     for (const length of [ 0, 5, 1 << 20 ]) {
       const bytes = noise(length);
       const direct = await half_open(target_port, '/until-end', bytes);
       const through = await half_open(port, '/until-end', bytes);
       assert.match(direct, new RegExp(`\\r\n\\r\nhello got ${length}$`));
-      // Connection and Upgrade are said anew for each hop, in any order.
+      // Connection and Upgrade are written again for each hop, in any order.
       const lines = (answer) => answer.split('\r\n').sort();
       assert.deepEqual(lines(through), lines(direct));
     }
   });
 
-  await test('nothing is left in flight', async () => {
+  await test('express: no request is left in flight', async () => {
     await until('nothing is in flight',
                 async () => (await warm.status()).in_flight === 0);
     const status = await warm.status();

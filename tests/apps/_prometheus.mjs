@@ -30,7 +30,7 @@ const query = '/api/v1/query?query=vector(1)&time=1700000000';
 export default async function() {
   let warm;
 
-  await test('the first visitor is spared the 503 of a start', async () => {
+  await test('prometheus: the first request waits while it answers 503', async () => {
     const { target, read_config } = gated();
     warm = await start(target);
     let first;
@@ -40,7 +40,7 @@ export default async function() {
     const direct = () => ask(warm.target_port, { path : query })
                              .then((answer) => answer.status, () => 0);
     await until('Prometheus listens', async () => await direct() === 503);
-    // Long enough for warmproxy to have looked many times.
+    // Long enough for many probes.
     for (let i = 0; i < 40; i++) {
       assert.equal(await direct(), 503);
       assert.equal(first, undefined,
@@ -54,7 +54,7 @@ export default async function() {
     assert.match(first.header('Server-Timing'), /^warmproxy;/);
   });
 
-  await test('the same with a path made for the question', async () => {
+  await test('prometheus: readiness by its own health path', async () => {
     const { target, read_config } = gated();
     const other = await start(target, { health_path : '/-/ready' });
     const asked = ask(other.port, { path : query });
@@ -65,7 +65,7 @@ export default async function() {
     await other.stop();
   });
 
-  await test('queries by GET and POST', async () => {
+  await test('prometheus: queries by GET and POST', async () => {
     const answer = await same(warm, { path : query });
     assert.equal(answer.json.status, 'success');
     const form = 'query=vector%281%29+%2B+2&time=1700000000';
@@ -88,7 +88,7 @@ export default async function() {
     });
   });
 
-  await test('its metrics', async () => {
+  await test('prometheus: metrics', async () => {
     // Their values move on, and each request adds some; their kinds stay.
     const kinds = (answer) => {
       answer.body = answer.body.match(/^# .*$/gm).join('\n');
@@ -100,7 +100,7 @@ export default async function() {
     assert.match(answer.text, /^prometheus_build_info\{/m);
   });
 
-  await test('its pages and redirects', async () => {
+  await test('prometheus: pages and redirects', async () => {
     assert.equal((await same(warm, { path : '/' })).status, 302);
     await same(warm, { path : '/graph' });
     await same(warm, { path : '/classic/graph' });

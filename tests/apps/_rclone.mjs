@@ -1,12 +1,12 @@
-// rclone: WebDAV, from both sides.
+// rclone: as a WebDAV server and as a WebDAV client.
 
 import {
   ask, assert, command_async, fs, noise, path, same, scratch, sha256, start,
   test
 } from './_support.mjs';
 
-// Tokens and times are made anew each time, and rclone's properties come in
-// an order drawn by lot.
+// Tokens and times differ in every response, and rclone lists properties in
+// random order.
 function without_chance(answer) {
   answer.body = answer.body.replace(/<D:href>\d{10,}/g, '<D:href>TOKEN')
                     .replace(/(<D:(getlastmodified|getetag)>)[^<]*/g, '$1')
@@ -24,7 +24,8 @@ export default async function() {
              '--dir-cache-time', '0s', '--poll-interval', '0' ]
   });
 
-  // Each way of asking has a folder of its own, with names of one length.
+  // Direct and proxied requests use folders of their own, with names of equal
+  // length.
   const folder = { direct : '/asked1', through : '/asked2' };
   const nameless = (answer) => {
     without_chance(answer);
@@ -48,13 +49,13 @@ export default async function() {
   const file = (way, name) =>
       fs.readFileSync(path.join(root, folder[way], name));
 
-  await test('OPTIONS starts it and names the methods', async () => {
+  await test('rclone: OPTIONS as the first request', async () => {
     const cold = await ask(warm.port, { method : 'OPTIONS' });
     assert.match(cold.header('Allow'), /PROPFIND/);
     await same(warm, { method : 'OPTIONS' });
   });
 
-  await test('MKCOL, PUT, PROPFIND', async () => {
+  await test('rclone: MKCOL, PUT, PROPFIND', async () => {
     await step(201, 'MKCOL', '');
     await step(409, 'MKCOL', '/no/parent');
     const body = noise(300000);
@@ -70,7 +71,7 @@ export default async function() {
     await step(400, 'PROPFIND', '/', [], '<not xml');
   });
 
-  await test('PUT of unknown length', async () => {
+  await test('rclone: chunked PUT', async () => {
     const parts = async function*() {
       for (let i = 0; i < 50; i++) { yield noise(1000 + i * 977, i + 1); }
     };
@@ -91,7 +92,7 @@ export default async function() {
     });
   });
 
-  await test('PUT by curl from a pipe', async () => {
+  await test('rclone: PUT by curl from a pipe', async () => {
     const source = path.join(scratch(), 'source');
     fs.writeFileSync(source, noise(5000000, 7));
     const done = await command_async('sh', [
@@ -104,14 +105,14 @@ export default async function() {
     fs.unlinkSync(path.join(root, folder.through, 'piped'));
   });
 
-  await test('GET, with ranges', async () => {
+  await test('rclone: GET and ranges', async () => {
     await step(200, 'GET', '/some%20file.bin');
     await step(206, 'GET', '/some%20file.bin', [ [ 'Range', 'bytes=5-99' ] ]);
     await step(200, 'HEAD', '/some%20file.bin');
     await step(404, 'GET', '/nothing');
   });
 
-  await test('COPY, MOVE', async () => {
+  await test('rclone: COPY, MOVE', async () => {
     const to = (name, ...more) =>
         [ [ 'Destination', `http://warm.test${'FOLDER'}/${name}` ], ...more ];
     await step(201, 'COPY', '/some%20file.bin', to('copy'));
@@ -123,7 +124,7 @@ export default async function() {
     assert.equal(sha256(file('through', 'empty')), sha256(noise(300000)));
   });
 
-  await test('LOCK, UNLOCK', async () => {
+  await test('rclone: LOCK, UNLOCK', async () => {
     const tokens = {};
     await same(warm, { path : `${folder.through}/moved` });
     for (const [way, port] of [[ 'direct', warm.target_port ],
@@ -150,13 +151,13 @@ export default async function() {
                  false);
   });
 
-  await test('both folders have come to hold the same', async () => {
+  await test('rclone: both folders have the same content', async () => {
     const listing = await step(207, 'PROPFIND', '/', [ [ 'Depth', 'infinity' ] ]);
     assert.ok(listing.text.length > 500);
     await step(204, 'DELETE', '/');
   });
 
-  await test('rclone itself as the client', async () => {
+  await test('rclone: rclone sync as the client', async () => {
     const source = scratch();
     const tree = {
       'one.txt' : Buffer.from('one'),

@@ -1,4 +1,4 @@
-// The status, for a reader and for Prometheus.
+// The status as JSON and as Prometheus metrics.
 
 import {
   ask, assert, build, command, fs, path, scratch, spawn, start, test, until
@@ -33,7 +33,7 @@ function checked(text) {
 export default async function() {
   const warm = await start(demo);
 
-  await test('reading it starts nothing', async () => {
+  await test('status: reading it does not start the target', async () => {
     for (let i = 0; i < 5; i++) { await warm.status(); }
     const cold = await warm.status();
     assert.equal(cold.state, 'cold');
@@ -44,7 +44,7 @@ export default async function() {
     checked((await metrics(warm)).text);
   });
 
-  await test('it tells of the target', async () => {
+  await test('status: state of the target', async () => {
     for (let i = 0; i < 3; i++) { await ask(warm.port); }
     const up = await warm.status();
     assert.equal(up.state, 'up');
@@ -56,7 +56,7 @@ export default async function() {
     assert.equal(up.in_flight, 0);
     assert.ok(up.connections >= 1);
     process.kill(up.pid, 'SIGKILL');
-    const after = await until('it has noticed', async () => {
+    const after = await until('the exit is noticed', async () => {
       const status = await warm.status();
       return status.state === 'cold' && status;
     });
@@ -66,7 +66,7 @@ export default async function() {
     assert.equal((await warm.status()).starts, 2);
   });
 
-  await test('promtool has nothing to say against its metrics', async () => {
+  await test('status: promtool accepts the metrics', async () => {
     const stream = await ask(warm.port, { path : '/events', stream : true });
     const { text, values } = await metrics(warm);
     checked(text);
@@ -87,7 +87,7 @@ export default async function() {
     }
   });
 
-  await test('Prometheus reads them', async () => {
+  await test('status: Prometheus scrapes the metrics', async () => {
     const dir = scratch();
     fs.writeFileSync(path.join(dir, 'prometheus.yml'), `
       scrape_configs:
@@ -113,13 +113,13 @@ export default async function() {
     await reader.stop();
   });
 
-  await test('reading it keeps nothing alive', async () => {
-    const resting = await start(demo, { idle_stop : '400ms' });
-    assert.equal((await ask(resting.port)).status, 200);
-    await until('it rests',
-                async () => (await resting.status()).state === 'cold');
-    assert.equal((await ask(resting.port)).status, 200);
-    assert.equal((await resting.status()).starts, 2);
-    await resting.stop();
+  await test('status: reading it does not prevent idle_stop', async () => {
+    const idle = await start(demo, { idle_stop : '400ms' });
+    assert.equal((await ask(idle.port)).status, 200);
+    await until('the target is stopped',
+                async () => (await idle.status()).state === 'cold');
+    assert.equal((await ask(idle.port)).status, 200);
+    assert.equal((await idle.status()).starts, 2);
+    await idle.stop();
   });
 }

@@ -1,5 +1,5 @@
-// What the acceptance tests share: warmproxy as a child process, requests
-// whose answers are kept as they came, and a runner of a few lines.
+// Shared by the acceptance tests: warmproxy as a child process, an HTTP client
+// that keeps responses as they arrived, and a test runner.
 
 import assert from 'node:assert/strict';
 import { spawn, spawnSync } from 'node:child_process';
@@ -19,7 +19,7 @@ export const build =
 const proxy_binary =
     path.resolve(process.env.APPS_PROXY || path.join(build, 'warmproxy'));
 
-/** A package from npm, out of the directory that the Makefile fills. */
+/** A package from npm, from the folder into which the Makefile installs. */
 export const npm = createRequire(path.join(build, 'node', 'any'));
 
 // ---------------------------------------------------------------- the runner
@@ -29,7 +29,7 @@ let failed = 0;
 let skipped = 0;
 let cleanups = [];
 
-/** Runs at the end of the group, the last one first. */
+/** Registers cleanup for the end of the group; the last one runs first. */
 export function defer(action) { cleanups.push(action); }
 
 async function clean_up() {
@@ -63,7 +63,7 @@ export async function test(name, body, deadline = 60000) {
   } finally { clearTimeout(timer); }
 }
 
-/** Counts tests that cannot run here, and says what is missing. */
+/** Counts what cannot run here as skipped, with the reason. */
 export function skip(what, why) {
   skipped++;
   console.log(`  skipped ${what}: ${why}`);
@@ -71,7 +71,7 @@ export function skip(what, why) {
 
 const indent = (text) => text.replace(/^/gm, '          ');
 
-/** Runs the groups in turn; a group is a module's default export. */
+/** Runs groups one after another; a group is a module's default export. */
 export async function run(groups) {
   for (const [name, group] of groups) {
     console.log(name);
@@ -94,13 +94,13 @@ for (const signal of ['SIGINT', 'SIGTERM']) {
   });
 }
 
-// An unexpected error is the failure of a test, not the end of the run.
+// An unhandled rejection counts as a failed test and does not end the run.
 process.on('unhandledRejection', (error) => {
   failed++;
   console.log(`  FAILED  unhandled: ${error && error.stack}`);
 });
 
-// --------------------------------------------------------------- small helps
+// ------------------------------------------------------------------- helpers
 
 /** Polls until the condition holds; gives its value. */
 export async function until(what, condition, deadline = 15000) {
@@ -113,7 +113,7 @@ export async function until(what, condition, deadline = 15000) {
   }
 }
 
-/** A directory of the group's own. */
+/** A temporary directory, removed at the end of the group. */
 export function scratch() {
   const made = fs.mkdtempSync(path.join(os.tmpdir(), 'warmproxy-apps-'));
   defer(() => fs.rmSync(made, { recursive : true, force : true }));
@@ -139,7 +139,7 @@ export function answers(port) {
 export const sha256 = (bytes) =>
     createHash('sha256').update(bytes).digest('hex');
 
-/** Bytes that look random and are the same each time. */
+/** Reproducible pseudo-random bytes. */
 export function noise(length, seed = 1) {
   const bytes = Buffer.alloc(length);
   let state = seed >>> 0 || 1;
@@ -154,7 +154,7 @@ export function noise(length, seed = 1) {
   return bytes;
 }
 
-/** Runs a program to its end; throws unless it ends well. */
+/** Runs a program and waits for it; throws unless it exits with 0. */
 export function command(program, args, options = {}) {
   const done = spawnSync(program, args, {
     encoding : 'utf8',
@@ -170,7 +170,7 @@ export function command(program, args, options = {}) {
   return done;
 }
 
-/** The same without stopping our own event loop meanwhile. */
+/** The same without blocking the event loop; does not check the status. */
 export function command_async(program, args, options = {}) {
   return new Promise((done, fail) => {
     const child = spawn(program, args, { timeout : 120000, ...options });
@@ -187,8 +187,8 @@ export function command_async(program, args, options = {}) {
 const quoted = (word) => `'${word.replaceAll('\'', '\'\\\'\'')}'`;
 
 /**
- * Starts build/warmproxy for a target, on a free port, and the target on
- * another one that we know, so that it can be asked directly as well.
+ * Starts build/warmproxy on a free port, with a target on another free port
+ * that tests may also send requests to directly.
  *   target    { binary, args, env, cwd }; `env` may be a function of the port
  *   settings  { idle_stop : '500ms', ... } as WARMPROXY_IDLE_STOP and so on
  */
@@ -279,15 +279,15 @@ function pairs(raw) {
 /**
  * One request on a connection of its own.
  *   { method, path, headers : [[name, value], ...], body }
- * A body that is a Buffer or a string goes with its length, any other iterable
- * in chunks. With `digest` the answer's body is not kept but only hashed.
- * With `stream` the answer comes as soon as its head does.
+ * A Buffer or a string is sent with Content-Length, any other iterable chunked.
+ * With `digest` the response body is hashed and not kept. With `stream` the
+ * promise resolves as soon as the response head has arrived.
  */
 export function ask(port, request = {}) {
   const given = request.headers || [];
   const has = (name) =>
       given.some(([ other ]) => other.toLowerCase() === name);
-  // The same Host for both, so that what a target derives from it is the same.
+  // The same Host for direct and proxied requests: targets derive URLs from it.
   const headers = has('host') ? [] : [ [ 'Host', 'warm.test' ] ];
   headers.push(...given);
   let { body } = request;
@@ -357,8 +357,7 @@ export function ask(port, request = {}) {
   });
 }
 
-// Between two hops these belong to the hop; and time passes between two
-// requests.
+// Hop-by-hop headers may differ, and Date does.
 function comparable(answer, change) {
   const headers = answer.headers
       .filter(([ name ]) => !/^(connection|keep-alive)$/i.test(name))
@@ -376,9 +375,9 @@ function comparable(answer, change) {
 }
 
 /**
- * Asks the target itself and through warmproxy, demands the same answer, and
- * gives it. `change` may take out of a comparable answer what differs from
- * one request to the next with the target alone.
+ * Sends a request directly and through warmproxy, asserts that the responses
+ * are equal and returns the proxied one. `change` may remove what differs
+ * between two responses of the target itself.
  */
 export async function same(warm, request, change) {
   const make = typeof request === 'function' ? request : () => request;
@@ -404,7 +403,7 @@ export async function same(warm, request, change) {
 
 let chromium;
 
-/** A headless Chromium, the same for all that ask; ended with the group. */
+/** A headless Chromium, shared within the group and closed at its end. */
 export async function browser() {
   if (!chromium) {
     chromium = await npm('playwright-core').chromium.launch({

@@ -1,5 +1,5 @@
-// An application such as npm's users write them: Express with sessions,
-// uploads and compression, an event stream, and WebSockets beside it.
+// A typical Node.js application: Express with sessions, uploads, compression
+// and an event stream, and WebSockets.
 
 import { createHash } from 'node:crypto';
 import path from 'node:path';
@@ -13,7 +13,7 @@ app.set('trust proxy', true);
 
 app.get('/', (request, response) => response.send('<!doctype html><p>home'));
 
-// What arrived here, exactly.
+// Reports the request as it arrived.
 app.use('/seen', (request, response) => {
   const hash = createHash('sha256');
   let length = 0;
@@ -76,7 +76,7 @@ app.post('/upload', upload.any(), (request, response) => response.json({
   }))
 }));
 
-// Answers every part of the body while the next one is still to come.
+// Responds to each part of the body before the next one arrives.
 app.post('/duplex', (request, response) => {
   response.flushHeaders();
   request.on('data', (part) => response.write(`got ${part}\n`));
@@ -87,7 +87,7 @@ app.post('/refused', (request, response) => {
   response.status(413).set('Connection', 'close').send('too much');
 });
 
-// The second event waits until somebody asks for /release.
+// The second event is sent upon a request for /release.
 const waiting = new Map();
 app.get('/events', (request, response) => {
   response.type('text/event-stream').set('Cache-Control', 'no-cache');
@@ -196,7 +196,7 @@ server.on('upgrade', (request, socket, head) => {
     sockets.handleUpgrade(request, socket, head,
                           (made) => sockets.emit('connection', made, request));
   } else if (pathname === '/until-end') {
-    // Not WebSocket: says how much came once the client's half is at its end.
+    // Not WebSocket: after the client's half-close, reports how much arrived.
     socket.write('HTTP/1.1 101 Switching\r\nConnection: Upgrade\r\n'
                  + 'Upgrade: until-end\r\n\r\nhello ');
     let length = head.length;

@@ -14,7 +14,7 @@ export default async function() {
              'cat' ]
   });
 
-  await test('a WebSocket as the first request starts it', async () => {
+  await test('websocketd: a WebSocket as the first request', async () => {
     const record = await talk(lines.port, '/', async (socket, { messages }) => {
       socket.send('first');
       await messages(1);
@@ -24,7 +24,7 @@ export default async function() {
     assert.equal((await lines.status()).starts, 1);
   });
 
-  await test('text, fragmented too', async () => {
+  await test('websocketd: text and fragmented messages', async () => {
     await same_talk(lines, '/', async (socket, { messages, kinds }) => {
       socket.send('one');
       socket.send('two ü €');
@@ -38,7 +38,7 @@ export default async function() {
     });
   });
 
-  await test('a line of a megabyte', async () => {
+  await test('websocketd: a message of a megabyte', async () => {
     await same_talk(lines, '/', async (socket, { messages }) => {
       socket.send('x'.repeat(1 << 20));
       await messages(1);
@@ -46,7 +46,7 @@ export default async function() {
     });
   });
 
-  await test('a program that ends closes it', async () => {
+  await test('websocketd: closed when the program exits', async () => {
     const clock = await start({
       binary : 'websocketd',
       args : [ '--address=127.0.0.1', '--port={port}', 'seq', '3' ]
@@ -57,7 +57,7 @@ export default async function() {
     await clock.stop();
   });
 
-  await test('bytes', async () => {
+  await test('websocketd: binary messages', async () => {
     const bytes = await start({
       binary : 'websocketd',
       args : [ '--address=127.0.0.1', '--port={port}', '--binary', 'cat' ]
@@ -74,7 +74,7 @@ export default async function() {
     await bytes.stop();
   });
 
-  await test('its plain pages, and a refused upgrade', async () => {
+  await test('websocketd: plain pages and a refused upgrade', async () => {
     assert.equal((await same(lines, { path : '/' })).status, 200);
     assert.equal((await same(lines, { path : '/nothing' })).status, 404);
     await same(lines, {
@@ -86,7 +86,7 @@ export default async function() {
     });
   });
 
-  await test('fifty conversations at once, none left behind', async () => {
+  await test('websocketd: fifty concurrent connections', async () => {
     const records = await Promise.all(Array.from({ length : 50 }, (_, i) => talk(
         lines.port, '/', async (socket, { messages }) => {
           for (let line = 1; line <= 5; line++) {
