@@ -103,10 +103,9 @@ async function plain(database) {
   });
 
   await test('miniflux: the API, as the program itself answers', async () => {
-    // Each request with a password counts as a login.
-    const me = await same(warm, api('GET', '/me'), (answer) => {
-      answer.body = answer.body.replace(/"last_login_at":"[^"]*"/, '');
-    });
+    const categories = await same(warm, api('GET', '/categories'));
+    assert.equal(categories.json.length, 1);
+    const me = await send(api('GET', '/me'));
     assert.equal(me.json.username, admin.name);
     assert.equal((await send({ path : '/v1/me' })).status, 401);
   });
