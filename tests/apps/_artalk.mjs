@@ -109,7 +109,7 @@ async function plain(program, database, cache, env) {
   }, more);
   let warm;
 
-  await test('artalk: the first request is a page, from the cold', async () => {
+  await test('artalk: the first request starts it', async () => {
     warm = await instance();
     const answer = await ask(warm.port, { path : '/api/v2/version' });
     assert.equal(answer.status, 200, answer.text);
@@ -171,7 +171,7 @@ async function plain(program, database, cache, env) {
     }
   });
 
-  await test('artalk: killed in the middle, it is started again', async () => {
+  await test('artalk: restarted after SIGKILL under load', async () => {
     const before = await warm.status();
     const reads = Array.from({ length : 20 }, () => ask(warm.port, list));
     kill_target(before);

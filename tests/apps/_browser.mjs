@@ -371,6 +371,26 @@ async function the_waiting_page() {
     await warm.stop();
   });
 
+  await test('waiting page: navigations over plain http, but not Accept alone',
+             async () => {
+    const warm = await gated();
+    const accept = [ 'Accept', 'text/html,*/*;q=0.5' ];
+    let feed_reader;
+    const asked = ask(warm.port, { headers : [ accept ] });
+    asked.then((answer) => feed_reader = answer, () => {});
+    const browser_answer = await ask(warm.port, {
+      headers : [ accept, [ 'Upgrade-Insecure-Requests', '1' ] ]
+    });
+    assert.equal(browser_answer.status, 503);
+    assert.match(browser_answer.text, /progressbar/);
+    // Moves on even where a Content-Security-Policy forbids the script.
+    assert.match(browser_answer.header('Refresh'), /^\d+/);
+    assert.equal(feed_reader, undefined);
+    warm.open();
+    assert.equal((await asked).status, 200);
+    await warm.stop();
+  });
+
   await test('waiting page: not shown to curl', async () => {
     const warm = await gated();
     const asked = [
@@ -386,7 +406,7 @@ async function the_waiting_page() {
     for (const each of asked) {
       const { stdout, stderr } = await each;
       assert.match(stdout, /[^5]\d\d$/, stderr);
-      assert.doesNotMatch(stdout, /<progress/);
+      assert.doesNotMatch(stdout, /progressbar/);
     }
     await warm.stop();
   });
@@ -545,7 +565,7 @@ async function the_waiting_page() {
     const warm = await gated();
     const view = await page({ forcedColors : 'active' });
     await waiting(view, warm.url);
-    const drawn = await view.$eval('progress', (bar) => {
+    const drawn = await view.$eval('[role=progressbar]', (bar) => {
       const { backgroundImage, borderTopWidth } = getComputedStyle(bar);
       return backgroundImage !== 'none' || parseFloat(borderTopWidth) > 0;
     });

@@ -136,7 +136,7 @@ async function plain(database) {
     for (const answer of answers) { assert.equal(answer.json.total, 2); }
   });
 
-  await test('miniflux: killed, it is started again and has its entries', async () => {
+  await test('miniflux: restarted after SIGKILL with its entries', async () => {
     const { pid } = await warm.status();
     assert.ok(pid > 0);
     process.kill(pid, 'SIGKILL');

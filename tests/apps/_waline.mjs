@@ -128,7 +128,7 @@ export default async function() {
     assert.ok([ '*', origin ].includes(answer.header('Access-Control-Allow-Origin')));
   });
 
-  await test('waline: killed, it is started again and has its comments', async () => {
+  await test('waline: restarted after SIGKILL with its comments', async () => {
     const { pid } = await warm.status();
     assert.ok(pid > 0);
     process.kill(pid, 'SIGKILL');
