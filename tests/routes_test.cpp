@@ -193,10 +193,15 @@ TEST_CASE("own routes: keep-alive is ours") {
   CHECK(closed.header("Connection") == "close");
   CHECK(closed.header("Keep-Alive") == "");
   CHECK(client.at_end());
-  RawClient old(proxy.port());
-  old.send("GET /own/hello HTTP/1.0\r\n\r\n");
-  CHECK(old.read_response().body == "hello");
-  CHECK(old.at_end());
+  for (const auto &[target, body] :
+       {std::pair{"/own/hello", "hello"}, {"/own/chunks", "abcabcabc"}}) {
+    RawClient old(proxy.port());
+    old.send(std::string("GET ") + target + " HTTP/1.0\r\n\r\n");
+    const auto response = old.read_response();
+    CHECK(response.body == body);
+    CHECK(response.header("Transfer-Encoding") == "");
+    CHECK(old.at_end());
+  }
 }
 
 // Whatever the handler or cpp-httplib leaves of a request must not be read as
