@@ -501,7 +501,8 @@ inline bool is_control(char c) {
 }
 
 inline bool has_control(std::string_view text) {
-  return std::any_of(text.begin(), text.end(), is_control);
+  return std::any_of(text.begin(), text.end(),
+                     [](char c) { return is_control(c); });
 }
 
 inline bool is_token(char c) { // RFC 9110, section 5.6.2
@@ -773,16 +774,6 @@ struct Refusal {
   explicit operator bool() const { return status != 0; }
 };
 
-// Returns where the head that begins `bytes` ends, behind its empty line; 0:
-// not yet. Nothing before `from` is searched again.
-inline std::size_t head_end(std::string_view bytes, std::size_t from = 0);
-// Refuses the beginning of a head that can never become a request.
-inline Refusal early_refusal(std::string_view bytes);
-// After a refusal, `head` has a method at most.
-inline Refusal parse_request(std::string text, RequestHead &head);
-inline Refusal parse_response(std::string text, std::string_view request_method,
-                              ResponseHead &head);
-
 // What the writers must know besides the heads.
 struct Forwarding {
   const Config &config;
@@ -790,33 +781,6 @@ struct Forwarding {
   std::string_view target_authority; // "127.0.0.1:8080"
   int target_port;
 };
-
-// Whether `strip_prefix` is removed from this request's target.
-inline bool strips_prefix(const RequestHead &request, const Config &config);
-// Whether whoever connects says that the client uses TLS, and is not believed.
-inline bool ignores_forwarded_https(const RequestHead &request,
-                                    const Config &config);
-// Whether credentials of NTLM or Negotiate are exchanged: they log in the
-// connection, not the request.
-inline bool authenticates_connection(const Head &head);
-inline void write_request_head(const RequestHead &request,
-                               const Forwarding &forwarding, std::string &out);
-// The request as own routes and the pre-routing handler see it: with the
-// request target, version and framing of the client, without hop-by-hop fields.
-inline void write_own_request_head(const RequestHead &request,
-                                   const Forwarding &forwarding,
-                                   std::string &out);
-// `keep_alive`: whether the client's connection outlives the response.
-// `server_timing`: a complete header line, or "". For HTTP/1.0 clients the body
-// goes out without chunks, so there is no Transfer-Encoding.
-inline void write_response_head(const RequestHead &request,
-                                const ResponseHead &response,
-                                const Forwarding &forwarding, bool keep_alive,
-                                std::string_view server_timing,
-                                std::string &out);
-// The CORS header lines of a response to `request`.
-inline void write_cors(const RequestHead &request, const Config &config,
-                       std::string &out);
 
 // ---- Framing
 
@@ -1071,7 +1035,9 @@ inline bool Head::is_hop_by_hop(const Field &field) const {
 
 // ---- Parsing: what requests and responses share
 
-inline std::size_t head_end(std::string_view bytes, std::size_t from) {
+// Returns where the head that begins `bytes` ends, behind its empty line; 0:
+// not yet. Nothing before `from` is searched again.
+inline std::size_t head_end(std::string_view bytes, std::size_t from = 0) {
   // An empty line may end in a bare LF: it is for the parser to refuse it.
   from = from > 2 ? from - 2 : 0;
   for (auto at = bytes.find('\n', from); at != std::string_view::npos;
@@ -1135,13 +1101,11 @@ inline bool split_uri(std::string_view text, Uri &uri) {
   const auto colon = text.find("://");
   if (colon == std::string_view::npos) { return false; }
   uri.scheme = text.substr(0, colon);
-  const auto is_letter = [](char c) {
-    return to_lower(c) >= 'a' && to_lower(c) <= 'z';
-  };
-  if (uri.scheme.empty() || !is_letter(uri.scheme[0]) ||
+  constexpr std::string_view not_first = "0123456789+-.";
+  if (uri.scheme.empty() || contains(not_first, uri.scheme.substr(0, 1)) ||
       !std::all_of(uri.scheme.begin(), uri.scheme.end(), [&](char c) {
-        return is_letter(c) || (c >= '0' && c <= '9') || c == '+' || c == '-' ||
-               c == '.';
+        return (to_lower(c) >= 'a' && to_lower(c) <= 'z') ||
+               not_first.find(c) != std::string_view::npos;
       })) {
     return false;
   }
@@ -1153,6 +1117,7 @@ inline bool split_uri(std::string_view text, Uri &uri) {
 
 // ---- Parsing: requests
 
+// Refuses the beginning of a head that can never become a request.
 inline Refusal early_refusal(std::string_view bytes) {
   if (starts_with(bytes, "\x16\x03")) {
     return {400, "a TLS handshake on a port for plain HTTP"};
@@ -1335,6 +1300,7 @@ inline Refusal parse_request_text(RequestHead &head) {
   return parse_request_framing(head);
 }
 
+// After a refusal, `head` has a method at most.
 inline Refusal parse_request(std::string text, RequestHead &head) {
   head.text = std::move(text);
   head.method = head.target = head.authority = {};
@@ -1370,8 +1336,9 @@ public:
         return {431, "too many header lines"};
       }
       if (!rest_.empty() && is_blank(rest_[0])) { unfold(); }
-      if (line_.find_first_of(std::string_view("\0\r", 2)) !=
-          std::string_view::npos) {
+      // Not by find_first_of(), which searches the set for each byte.
+      if (std::any_of(line_.begin(), line_.end(),
+                      [](char c) { return c == '\0' || c == '\r'; })) {
         return {502, "NUL or bare CR in a header"};
       }
       parse_line();
@@ -1499,7 +1466,7 @@ inline Refusal parse_response_length(ResponseHead &head, bool &has_length) {
   has_length = count > 0;
   if (malformed) { return {502, "malformed Content-Length"}; }
   if (differ) { return {502, "several Content-Lengths that differ"}; }
-  if (count > 1) {
+  if (count > 1 || (count == 1 && first.value != head.value(first.id))) {
     const auto end = first.value.data() + first.value.size();
     first.line = {first.line.data(),
                   static_cast<std::size_t>(end - first.line.data())};
@@ -1621,6 +1588,7 @@ inline std::string_view client_scheme(const RequestHead &request,
   return {};
 }
 
+// Whether whoever connects says that the client uses TLS, and is not believed.
 inline bool ignores_forwarded_https(const RequestHead &request,
                                     const Config &config) {
   return !config.behind_front() &&
@@ -1629,6 +1597,8 @@ inline bool ignores_forwarded_https(const RequestHead &request,
              "https");
 }
 
+// Whether credentials of NTLM or Negotiate are exchanged: they log in the
+// connection, not the request.
 inline bool authenticates_connection(const Head &head) {
   bool found = false;
   for (const auto &field : head.fields) {
@@ -1647,6 +1617,7 @@ inline bool authenticates_connection(const Head &head) {
 
 // ---- Forwarding: the prefix, and addresses of our own
 
+// Whether `strip_prefix` is removed from this request's target.
 inline bool strips_prefix(const RequestHead &request, const Config &config) {
   return !config.prefix.empty() && is_below(request.target, config.prefix);
 }
@@ -1665,12 +1636,10 @@ inline bool names_own_host(std::string_view authority,
 }
 
 inline std::string_view without_port(std::string_view authority) {
-  const auto colon = authority.rfind(':');
-  const auto bracket = authority.rfind(']'); // of an IPv6 address
-  return colon == std::string_view::npos ||
-                 (bracket != std::string_view::npos && bracket > colon)
-             ? authority
-             : authority.substr(0, colon);
+  const auto colon = authority.find_last_not_of("0123456789");
+  return colon != std::string_view::npos && authority[colon] == ':'
+             ? authority.substr(0, colon)
+             : authority;
 }
 
 // Whether this is our host, or the target's own, with the port that clients
@@ -1902,6 +1871,8 @@ inline void write_request_head(const RequestHead &request,
   out += "\r\n";
 }
 
+// The request as own routes and the pre-routing handler see it: with the
+// request target, version and framing of the client, without hop-by-hop fields.
 inline void write_own_request_head(const RequestHead &request,
                                    const Forwarding &forwarding,
                                    std::string &out) {
@@ -1968,6 +1939,7 @@ inline bool is_cacheable(const RequestHead &request,
                     {"no-store", "private", "no-cache"});
 }
 
+// The CORS header lines of a response to `request`.
 inline void write_cors(const RequestHead &request, const Config &config,
                        std::string &out) {
   if (config.cors_origins.empty()) { return; }
@@ -2035,6 +2007,9 @@ inline void write_response_field(const Field &field, const RequestHead &request,
   append(out, field.line, "\r\n");
 }
 
+// `keep_alive`: whether the client's connection outlives the response.
+// `server_timing`: a complete header line, or "". For HTTP/1.0 clients the body
+// goes out without chunks, so there is no Transfer-Encoding.
 inline void write_response_head(const RequestHead &request,
                                 const ResponseHead &response,
                                 const Forwarding &forwarding, bool keep_alive,
@@ -2068,6 +2043,7 @@ inline void write_response_head(const RequestHead &request,
   }
   out += "\r\n";
 }
+
 // ---- Net: descriptors, clocks, buffers, the event loop ----------------------
 
 class Descriptor {

@@ -319,7 +319,8 @@ inline bool read_lenient_framing(Head &head) {
       if (decimal(element) != decimal(lengths[0])) { return false; }
     }
   }
-  if (lengths.size() > 1) {
+  if (!lengths.empty() &&
+      head.values("content-length") != std::vector<std::string>{lengths[0]}) {
     const auto first = head.index("content-length");
     auto &line = head.lines[first];
     const auto from = line.raw.find(lengths[0], line.raw.find(':'));
@@ -459,8 +460,7 @@ inline bool size_line(std::string &text, bool whole, bool forgiving,
   size = std::strtoull(std::string(significant).c_str(), nullptr, 16);
   text = digits + rest;
   return (!digits.empty() || (!whole && rest.empty())) &&
-         (rest.empty() || rest[0] == ';') &&
-         (forgiving ? harmless(rest) : clean(rest));
+         (rest.empty() || rest[0] == ';') && clean(rest);
 }
 
 // The same for a trailer's line, or the empty one behind them.
