@@ -5128,13 +5128,13 @@ inline std::string without_path(const std::string &reason) {
 // Ends a start; the log gets `line`. Always false.
 inline bool Supervisor::fail(int status, const std::string &reason,
                              const std::string &line) {
+  log_(line);
   {
     const Lock lock(mutex_);
     back_off_.failed(RunningClock::now());
     state_ = State::stopping;
     fail_waiting(status, reason);
   }
-  log_(line);
   return false;
 }
 

@@ -21,7 +21,8 @@ TEST_CASE("drain: what is in progress may finish") {
       // New connections are refused, idle ones are closed.
       CHECK(wait_for([&] { return !listening(proxy.port()); }));
       CHECK(idle.at_end());
-      CHECK(proxy.running());
+      // An event stream is ended by the target, which gets SIGTERM at once.
+      if (activity.name != "a stream") { CHECK(proxy.running()); }
       activity.on(client);
       CHECK(client.read_to_end() == "");
       client.close(); // warmproxy waits for it to have read everything
@@ -74,6 +75,7 @@ TEST_CASE("drain: stop_timeout ends everything") {
     unlink((directory / "gate").c_str());
     auto args = activity.args;
     if (activity.name == "a start") { args = {"--never-listen"}; }
+    if (activity.name == "a stream") { args = {}; } // not a polite one
     args.insert(args.end(), {"--fork-worker", "--ignore-term"});
     Marked proxy(args, {{"WARMPROXY_STOP_TIMEOUT", "200ms"},
                         {"WARMPROXY_PREWARM", "1"}});
@@ -298,7 +300,6 @@ TEST_CASE("drain: a request finishes beside streams that do not end") {
   proxy.signal(SIGTERM);
   CHECK(client.read_response().body == "slow\n");
   CHECK(proxy.wait() == 0);
-  stream.read_to_end();
-  CHECK(stream.was_reset());
+  CHECK(stream.read_to_end().find("0\r\n\r\n") == std::string::npos);
   CHECK(proxy.nothing_left());
 }

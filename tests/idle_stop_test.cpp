@@ -90,7 +90,7 @@ TEST_CASE("idle stop: many cycles under load") {
   for (std::size_t i = 0; i < clients; ++i) {
     connections.push_back(std::make_unique<RawClient>(proxy.port()));
   }
-  std::uint64_t answered = 0;
+  std::uint64_t served = 0;
   std::string failure;
   Figures before{};
   long first = 0;
@@ -103,7 +103,7 @@ TEST_CASE("idle stop: many cycles under load") {
     for (auto &client : connections) {
       const auto response = client->read_response();
       if (response.status == 200 && response.complete) {
-        ++answered;
+        ++served;
       } else {
         failure = response.head + response.body;
       }

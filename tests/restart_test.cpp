@@ -66,7 +66,7 @@ std::string described(const Response &response) {
 
 TEST_CASE("restart: no GET is lost when the target is killed every second") {
   RunningProxy proxy(fake_target());
-  std::atomic<std::uint64_t> answered{0}, failed{0}, waited{0};
+  std::atomic<std::uint64_t> served{0}, failed{0}, waited{0};
   std::mutex mutex;
   std::string first_failure;
   under_kills(proxy, [&](std::size_t, std::size_t, RawClient &connection) {
@@ -75,7 +75,7 @@ TEST_CASE("restart: no GET is lost when the target is killed every second") {
       const auto response = connection.get("/pid");
       if (response.status == 200 && response.complete &&
           std::atol(response.body.c_str()) > 0) {
-        ++answered;
+        ++served;
         if (response.count("Server-Timing")) { ++waited; }
         return true;
       }
@@ -90,7 +90,7 @@ TEST_CASE("restart: no GET is lost when the target is killed every second") {
           " kills, ", proxy.status().starts, " starts");
   CHECK(failed == 0);
   CHECK(first_failure == "");
-  CHECK(answered > clients * static_cast<std::size_t>(kills));
+  CHECK(served > clients * static_cast<std::size_t>(kills));
   CHECK(waited >= static_cast<std::size_t>(kills));
 }
 
@@ -101,7 +101,7 @@ TEST_CASE(
   RunningProxy proxy(
       fake_target({"--posts-file", posts, "--count-file", starts}));
   std::mutex mutex;
-  std::set<std::string> answered, refused, cut;
+  std::set<std::string> served, refused, cut;
   std::string other;
   under_kills(proxy, [&](std::size_t client, std::size_t number,
                          RawClient &connection) {
@@ -113,7 +113,7 @@ TEST_CASE(
     } catch (const Error &e) { error = e.what(); }
     const std::lock_guard<std::mutex> lock(mutex);
     if (response.status == 200 && response.complete) {
-      answered.insert(id);
+      served.insert(id);
     } else if (response.status == 502) {
       refused.insert(id);
     } else if (error.empty() && !response.complete) {
@@ -133,7 +133,7 @@ TEST_CASE(
   for (const auto &a : arrived) {
     if (a.second > 1) { ++twice; }
   }
-  for (const auto &id : answered) {
+  for (const auto &id : served) {
     if (arrived[id] == 0) { ++lost; }
   }
   MESSAGE(served.size(), " POSTs served, ", refused.size(), " answered 502, ",
@@ -142,7 +142,7 @@ TEST_CASE(
   CHECK(other == "");
   CHECK(twice == 0);
   CHECK(lost == 0);
-  CHECK(answered.size() > clients * static_cast<std::size_t>(kills));
+  CHECK(served.size() > clients * static_cast<std::size_t>(kills));
   // Little more than what was with the target when it died: the kernel closes
   // its listening socket last, so that some still get in on it meanwhile.
   CHECK(refused.size() + cut.size() <=

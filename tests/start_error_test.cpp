@@ -171,7 +171,7 @@ TEST_CASE("start errors: the program cannot be executed") {
   chmod(program.c_str(), 0755);
   warmproxy::Options options;
   options.binary = program;
-  std::string reason = "Exec format error";
+  std::string reason = "no program for this system";
   SUBCASE("for its format") {}
   SUBCASE("for its interpreter") {
     write_file(program, "#!/not/there\n");
@@ -183,7 +183,7 @@ TEST_CASE("start errors: the program cannot be executed") {
   }
   SUBCASE("because it does not exist") {
     unlink(program.c_str());
-    reason = "no such program";
+    reason = "no such file";
   }
   RunningProxy proxy(options);
   const auto response = get(proxy.port());
