@@ -165,7 +165,7 @@ TEST_CASE("bodies: a response body arrives byte for byte") {
          {"200 OK", "206 Partial", "404 No", "500 E"}) {
       CAPTURE(status);
       const auto head = "HTTP/1.1 " + status + "\r\n" + body.lines + "\r\n";
-      // Asked for a range, as what cuts a second time would have to be.
+      // With a Range, which must not be applied a second time.
       const auto raw = head + body.raw;
       const auto response =
           client.exchange("GET / HTTP/1.1\r\nHost: test\r\nRange: "
@@ -282,6 +282,6 @@ TEST_CASE("bodies: a chunked response is dechunked for HTTP/1.0 clients") {
     CHECK(response.head ==
           "HTTP/1.1 200 OK\r\nA: 1\r\nConnection: close\r\n\r\n");
     CHECK((response.body == whole));
-    CHECK(response.complete); // and not cut
+    CHECK(response.complete); // and not truncated
   }
 }

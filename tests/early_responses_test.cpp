@@ -31,7 +31,7 @@ TEST_CASE("early responses: a 413 reaches a client that still sends 20 MB") {
        }},
       {"and never reads",
        [](TargetConnection &c) {
-         // Until nobody is left to send: only then the response was not lost.
+         // Until the peer has closed, so that the response was not lost.
          pollfd p = {c.fd(), POLLRDHUP, 0};
          poll(&p, 1, static_cast<int>(patience.count()));
        }},

@@ -10,7 +10,7 @@ TEST_CASE(
     "interim responses: Expect: 100-continue is left to client and target") {
   const std::string head = "POST / HTTP/1.1\r\nHost: test\r\nExpect: "
                            "100-continue\r\nContent-Length: 4\r\n\r\n";
-  SUBCASE("which asks for the body") {
+  SUBCASE("100, then the body") {
     Stage stage([](TargetConnection &c) {
       for (auto got = c.read_head(); !got.empty(); got = c.read_head()) {
         c.send("HTTP/1.1 100 Continue\r\nX: 1\r\n\r\n");
@@ -27,14 +27,14 @@ TEST_CASE(
       CHECK(client.read_response().body == "body");
     }
   }
-  SUBCASE("which asks and responds in one piece") {
+  SUBCASE("100 and the response in one piece") {
     Stage stage(playing({sending("HTTP/1.1 100 Continue\r\n\r\n" + ok())}));
     RawClient client(stage.port());
     client.send(head + "body");
     CHECK(client.read_response().status == 100);
     CHECK(client.read_response().status == 200);
   }
-  SUBCASE("which responds without the body") {
+  SUBCASE("a response without the body") {
     for (const std::string status : {"417 No", "401 Who", "200 OK"}) {
       CAPTURE(status);
       Stage stage([&](TargetConnection &c) {
@@ -52,7 +52,7 @@ TEST_CASE(
       CHECK(client.at_end());
     }
   }
-  SUBCASE("which does not response it: the body may come anyway") {
+  SUBCASE("no 100: the body may come all the same") {
     Stage stage(telling());
     RawClient client(stage.port());
     client.send(head);

@@ -160,7 +160,7 @@ TEST_CASE("restart: a request that kills the target is not repeated forever") {
     CHECK((response.status == 502 || response.status == 503));
     CHECK(response.body.find("warmproxy: ") == 0);
   }
-  SUBCASE("before its response, and cannot be sent again") {
+  SUBCASE("before its response, with a method that is not repeated") {
     CHECK(RawClient(proxy.port()).post("/crash", "x").status == 502);
     CHECK(lines_of(read_file(starts)).size() == 1);
   }

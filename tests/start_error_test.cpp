@@ -97,7 +97,7 @@ TEST_CASE(
        {"--never-listen", "--ignore-term", "--fork-worker"},
        504,
        "connection refused"},
-      {"never responses", {"--never-answer"}, 504, "no answer to GET /"},
+      {"never responds", {"--never-answer"}, 504, "no answer to GET /"},
       {"forks and leaves", {"--daemonize"}, 502, "exited with status 0"},
       {"forks and leaves, before it listens",
        {"--daemonize", "--listen-after", "600000", "--fork-worker"},

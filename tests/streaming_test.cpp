@@ -170,8 +170,8 @@ TEST_CASE("streaming: both directions alternate within one exchange") {
   CHECK(stage.target.errors().empty());
 }
 
-// Neither direction may wait for the other one to make room. The response's
-// last byte is held back: nobody would still be sent a body that he has served.
+// Neither direction may wait for the other one to make room. The last byte of
+// the response is held back, or the rest of the request would not be forwarded.
 TEST_CASE("streaming: a large request and a large response at once") {
   const std::uint64_t size = 16u << 20;
   Stage stage([&](TargetConnection &target) {

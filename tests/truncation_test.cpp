@@ -54,7 +54,7 @@ TEST_CASE("truncated responses: the target disappears within the body") {
       CHECK(!response.complete);
       CHECK(stage.target.requests().size() == 1);
 
-      // Nothing frames it for this one, so only a reset can tell.
+      // HTTP/1.0 clients get no framing, so only a reset can tell them.
       if (c.sent.find("chunked") != std::string::npos) {
         const auto old = truncated(stage.port(), "GET / HTTP/1.0\r\n\r\n");
         CHECK(old.reset);
