@@ -3505,8 +3505,7 @@ inline ScratchCopy::Unfinished ScratchCopy::make_unfinished() const {
       ::rmdir(made.path.c_str());
       fail_start_at(made.path, error);
     }
-    struct stat held {
-    }, named{};
+    struct stat held = {}, named = {};
     const bool locked = ::flock(made.lock.get(), LOCK_EX | LOCK_NB) == 0 ||
                         (errno != EWOULDBLOCK && errno != EBADF);
     if (locked && ::fstat(made.lock.get(), &held) == 0 &&
@@ -3672,8 +3671,7 @@ inline std::string argv0_for(const Config &config, const Program &program) {
     }
   } else {
     const auto seen = std::filesystem::path(program.directory) / given;
-    struct stat there {
-    }, file{};
+    struct stat there = {}, file = {};
     if (::lstat(seen.c_str(), &there) == 0 &&
         ::lstat(program.path.c_str(), &file) == 0 && same_file(there, file)) {
       return given;
@@ -3707,8 +3705,7 @@ inline Program prepare_program(const Config &config, const Log &log,
 // An inherited PWD stays where it is right, since it may lead there by links.
 inline std::string pwd_for(const std::string &directory) {
   const char *inherited = std::getenv("PWD");
-  struct stat there {
-  }, here{};
+  struct stat there = {}, here = {};
   const bool is_right =
       inherited && inherited[0] == '/' && ::stat(inherited, &there) == 0 &&
       ::stat(directory.c_str(), &here) == 0 && same_file(there, here);
@@ -5187,8 +5184,8 @@ inline bool Supervisor::is_served() {
 
 inline bool Supervisor::start_process(Time deadline) {
   const int port = finds_port() ? free_port() : endpoint_.port;
-  const auto reason = process_.start(
-      port, [this] { return is_draining(); }, deadline);
+  const auto cancelled = [this] { return is_draining(); };
+  const auto reason = process_.start(port, cancelled, deadline);
   if (is_draining()) { return false; }
   if (!reason.empty()) {
     const std::string what = "the target cannot be started: ";
