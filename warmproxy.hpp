@@ -1871,6 +1871,16 @@ inline void write_request_head(const RequestHead &request,
   out += "\r\n";
 }
 
+// cpp-httplib before 0.27 adds the connection's addresses as fields of these
+// names behind the client's, so that a handler would get the client's.
+inline bool is_httplib_address(std::string_view name) {
+  for (const std::string_view reserved :
+       {"REMOTE_ADDR", "REMOTE_PORT", "LOCAL_ADDR", "LOCAL_PORT"}) {
+    if (equals_ignore_case(name, reserved)) { return true; }
+  }
+  return false;
+}
+
 // The request as own routes and the pre-routing handler see it: with the
 // request target, version and framing of the client, without hop-by-hop fields.
 inline void write_own_request_head(const RequestHead &request,
@@ -1881,7 +1891,7 @@ inline void write_own_request_head(const RequestHead &request,
   const auto host = sent_host(request, forwarding);
   if (!host.empty()) { append_field(out, "Host", host); }
   for (const auto &field : request.fields) {
-    if (field.id != FieldName::host &&
+    if (field.id != FieldName::host && !is_httplib_address(field.name) &&
         is_passed_on(field, request, forwarding.config)) {
       append(out, field.line, "\r\n");
     }
@@ -5298,6 +5308,7 @@ inline bool Supervisor::give_up() {
       config_.health_path == "/") {
     log_(concat("target used as it is: ", probe_.seen(), " after ", time,
                 " (see WARMPROXY_STARTUP_TIMEOUT)"));
+    probe_.aim({}); // nothing is asked any more
     return true;
   }
   const auto listening = explain_listening(
@@ -6080,10 +6091,10 @@ public:
   // Stream's virtual functions, which differ between versions: hence all of
   // them, and no `override`.
   bool is_readable() const { return !broken_; }
-  bool is_writable() const { return !broken_; }
+  bool is_writable() const { return is_peer_alive(); }
   bool wait_readable() const { return !broken_; }
-  bool wait_writable() const { return !broken_; }
-  bool is_peer_alive() const { return !broken_; }
+  bool wait_writable() const { return is_peer_alive(); }
+  bool is_peer_alive() const;
   ssize_t read(char *data, std::size_t size);
   ssize_t write(const char *data, std::size_t size);
   void get_remote_ip_and_port(std::string &ip, int &port) const {
@@ -6121,7 +6132,23 @@ private:
   bool responding_ = false; // the final head has been sent
   bool keeps_alive_ = false;
   bool broken_ = false;
+  mutable Time gone_at_ = Time::max(); // after the grace for a half-close
 };
+
+// A content provider that waits for events asks this (DataSink::is_writable).
+// Without a write, nothing else ends it when the client has left or the loan is
+// aborted. Bytes that are left to be read hide a shutdown from recv(), but not
+// from poll().
+inline bool LoanStream::is_peer_alive() const {
+  pollfd hung_up{loan_.fd, 0, 0};
+  if (broken_ || ::poll(&hung_up, 1, 0) > 0) { return false; }
+  char byte;
+  if (::recv(loan_.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) != 0) { return true; }
+  if (gone_at_ == Time::max()) {
+    gone_at_ = after(milliseconds(WARMPROXY_HALF_CLOSE_GRACE));
+  }
+  return RunningClock::now() < gone_at_;
+}
 
 inline bool LoanStream::wait(short events) {
   socket_.events = events;

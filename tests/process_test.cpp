@@ -782,9 +782,10 @@ TEST_CASE("child: its descriptors and signals") {
   CHECK(error == "");
   CHECK(run.exits());
   CHECK(run.process.exit_text() == "exited with status 7");
-  CHECK(
-      output("grep -E 'Sig(Blk|Ign)' /proc/self/status | tr -d '[:space:]'") ==
-      "SigBlk:0000000000000000SigIgn:0000000000000000");
+  // The C library reserves signals 32 and 33 and resets them for nobody.
+  CHECK(output("grep -E 'Sig(Blk|Ign)' /proc/self/status | tr -d '[:space:]' | "
+               "sed -E 's/[01][08]0{7}$/000000000/'") ==
+        "SigBlk:0000000000000000SigIgn:0000000000000000");
 }
 
 TEST_CASE("child: arguments know the port") {

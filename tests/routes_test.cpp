@@ -304,6 +304,67 @@ TEST_CASE("own routes: a stream ends with the stop budget") {
   CHECK(client.read_to_end().find("0\r\n\r\n") == std::string::npos);
 }
 
+// What server-sent events do between events.
+TEST_CASE("own routes: a stream that waits learns that nobody listens") {
+  Gate ended;
+  auto options = cold_target();
+  options.stop_timeout = Milliseconds(200);
+  Embedded proxy(options, [&](warmproxy::Proxy &p) {
+    p.routes("/own").Get(
+        "/own/events", [&](const Request &, httplib::Response &res) {
+          res.set_chunked_content_provider(
+              "text/plain", [&](std::size_t, httplib::DataSink &sink) {
+                sink.write("x", 1);
+                const auto deadline = Clock::now() + patience;
+                while (sink.is_writable()) {
+                  if (Clock::now() > deadline) { return false; }
+                  poll(nullptr, 0, 1);
+                }
+                ended.open();
+                return false;
+              });
+        });
+  });
+  std::optional<RawClient> client(std::in_place, proxy.port());
+  client->send("GET /own/events HTTP/1.1\r\nHost: test\r\n\r\n");
+  client->read_until("x");
+  SUBCASE("the client disconnects") { client.reset(); }
+  SUBCASE("the stop budget is over") { proxy.proxy().stop(); }
+  SUBCASE("the stop budget is over, with a pipelined request unread") {
+    client->send("GET /own/events HTTP/1.1\r\nHost: test\r\n\r\n");
+    proxy.proxy().stop();
+  }
+  CHECK_NOTHROW(ended.wait());
+}
+
+TEST_CASE("own routes: a client that has sent all gets its stream") {
+  Embedded proxy(cold_target(), add_routes);
+  RawClient client(proxy.port());
+  client.send("GET /own/chunks HTTP/1.1\r\nHost: test\r\n\r\n");
+  client.shutdown_write();
+  CHECK(client.read_response().body == "abcabcabc");
+}
+
+// cpp-httplib before 0.27 tells handlers the address by this field, too.
+TEST_CASE("own routes: the client does not name its address") {
+  Embedded proxy(cold_target(), [](warmproxy::Proxy &p) {
+    p.routes("/own").Get("/own/fields",
+                         [](const Request &req, httplib::Response &res) {
+                           std::string all;
+                           for (const auto &[name, value] : req.headers) {
+                             all += name + ":" + value + "\n";
+                           }
+                           res.set_content(all, "text/plain");
+                         });
+  });
+  const auto fields = RawClient(proxy.port())
+                          .get("/own/fields", "REMOTE_ADDR: 6.6.6.6\r\n"
+                                              "Local_Addr: 6.6.6.6\r\n")
+                          .body;
+  CHECK(fields.find("Host:test") != std::string::npos);
+  CHECK(fields.find("6.6.6.6") == std::string::npos);
+}
+
 TEST_CASE("own routes: do not count as use of the target") {
   auto options = fake_target();
   options.idle_stop = Milliseconds(100);
