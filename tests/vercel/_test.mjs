@@ -800,9 +800,12 @@ await check('project: a scratch copy in /tmp is writable', async () => {
   const { status, text } = await running.request('/write?note.txt');
   assert.equal(status, 200, text);
   const seen = sandboxed ? path.join(running.tmp, path.basename(written)) : written;
-  assert.ok(fs.existsSync(`${seen}-app/note.txt`));
+  // The copy's folder is named by the fingerprint of what was deployed.
+  const [copy, ...more] = fs.readdirSync(`${seen}-app`);
+  assert.deepEqual(more, []);
+  assert.ok(fs.existsSync(`${seen}-app/${copy}/note.txt`));
   assert.match(fs.readFileSync(`${seen} starts`, 'utf8'), /^[^\n]+\n$/);
-  assert.equal((await running.request('/cwd')).text.trim(), `${written}-app`);
+  assert.equal((await running.request('/cwd')).text.trim(), `${written}-app/${copy}`);
   const environment = (await running.request('/env')).text.split('\n');
   assert.ok(environment.includes('HOME=/tmp'));
   assert.ok(environment.includes('TMPDIR=/tmp'));
