@@ -5666,7 +5666,7 @@ inline Reply error_reply(const RequestHead &request, int status,
 // The same for a start that failed after `waited`.
 inline Reply start_failure_reply(const RequestHead &request, int status,
                                  std::string_view reason,
-                                 milliseconds retry_after, seconds waited);
+                                 milliseconds retry_after);
 inline Reply waiting_page(const RequestHead &request, seconds waited);
 inline Reply preflight_reply();
 inline Reply ping_reply();
@@ -5882,7 +5882,7 @@ inline Reply error_reply(const RequestHead &request, int status,
 
 inline Reply start_failure_reply(const RequestHead &request, int status,
                                  std::string_view reason,
-                                 milliseconds retry_after, seconds) {
+                                 milliseconds retry_after) {
   const auto wait = std::max<milliseconds>(
       seconds(1), retry_after + milliseconds(999)); // rounded up
   auto lines =
@@ -6845,7 +6845,7 @@ inline Exchange::Result Exchange::await_target() {
   case Supervisor::Access::pending: return not_ready_yet();
   case Supervisor::Access::failed:
     reply_ = start_failure_reply(request_, failure.status, failure.reason,
-                                 failure.retry_after, lease_->waited());
+                                 failure.retry_after);
     return Result::reply;
   }
   // The waiting page's script: it learns that the target is ready.

@@ -136,15 +136,15 @@ TEST_CASE("error reply: a start that failed") {
   const Asked program, browser(navigation);
   for (const auto &c : cases) {
     CAPTURE(c.retry_after.count());
-    const auto text = start_failure_reply(program.head, c.status, "it exited",
-                                          c.retry_after, seconds(1));
+    const auto text =
+        start_failure_reply(program.head, c.status, "it exited", c.retry_after);
     CHECK(text.status == c.status);
     CHECK(text.lines == c.lines);
     CHECK(text.body == "warmproxy: it exited\n");
-    CHECK(contains(start_failure_reply(browser.head, c.status, "it exited",
-                                       c.retry_after, seconds(1))
-                       .body,
-                   "This site could not be started"));
+    CHECK(contains(
+        start_failure_reply(browser.head, c.status, "it exited", c.retry_after)
+            .body,
+        "This site could not be started"));
   }
 }
 
