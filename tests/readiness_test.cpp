@@ -458,7 +458,8 @@ TEST_CASE("readiness: a target that refuses connections") {
 
 // ---- where the program listens ---------------------------------------------
 
-TEST_CASE("readiness: a program that listens elsewhere is found out") {
+TEST_CASE("readiness: a program that listens elsewhere is found out" *
+          doctest::skip(!on_linux)) {
   struct Case {
     Strings args;
     Strings said;
@@ -509,7 +510,8 @@ TEST_CASE("readiness: a program that listens where it should is not reported") {
   }
 }
 
-TEST_CASE("readiness: any_port uses the program's single port") {
+TEST_CASE("readiness: any_port uses the program's single port" *
+          doctest::skip(!on_linux)) {
   auto options = any_port_target({"--port", "0"});
   SUBCASE("of its own choice") {}
   SUBCASE("that it was given") {
@@ -540,7 +542,8 @@ TEST_CASE("readiness: any_port uses the program's single port") {
   CHECK((options.args[0] == "--host" || get(port, "/pid").status == 200));
 }
 
-TEST_CASE("readiness: any_port is looked for anew at each start") {
+TEST_CASE("readiness: any_port is looked for anew at each start" *
+          doctest::skip(!on_linux)) {
   RunningProxy proxy(any_port_target({"--port", "0"}));
   REQUIRE(get(proxy.port(), "/pid").status == 200);
   const auto before = proxy.status();
@@ -552,7 +555,8 @@ TEST_CASE("readiness: any_port is looked for anew at each start") {
   CHECK(after.port != before.port);
 }
 
-TEST_CASE("readiness: any_port takes none of several") {
+TEST_CASE("readiness: any_port takes none of several" *
+          doctest::skip(!on_linux)) {
   auto options = any_port_target({"--port", "0"});
   options.startup_timeout = Milliseconds(2500);
   SUBCASE("of one process") {
@@ -574,7 +578,8 @@ TEST_CASE("readiness: any_port takes none of several") {
   CHECK(has(response.body, "set WARMPROXY_TARGET_PORT to the right one"));
 }
 
-TEST_CASE("readiness: any_port with another address only") {
+TEST_CASE("readiness: any_port with another address only" *
+          doctest::skip(!on_linux)) {
   auto options = any_port_target({"--host", "127.0.0.2", "--port", "0"});
   options.startup_timeout = Milliseconds(1500);
   RunningProxy proxy(options);

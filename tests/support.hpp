@@ -68,6 +68,13 @@ constexpr bool sanitized = false;
 constexpr bool sanitized = false;
 #endif
 
+// Whether the refinements that only Linux has are compiled in.
+#ifdef __linux__
+constexpr bool on_linux = true;
+#else
+constexpr bool on_linux = false;
+#endif
+
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
