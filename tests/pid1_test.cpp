@@ -97,3 +97,42 @@ TEST_CASE("PID 1: a second signal ends it at once") {
   CHECK(wait_for(
       [&] { return processes_with("MARK=" + environment["MARK"]).empty(); }));
 }
+
+// As the README's container: the command is the entry point's, and the platform
+// sets PORT.
+TEST_CASE("PID 1: a container with a read-only root and its own network") {
+  const std::string alone =
+      "unshare -p -f -m -n --mount-proc --kill-child /bin/sh -c ";
+  const std::string prepare =
+      "ip link set lo up && mount -o remount,bind,ro / && ";
+  if (!can(alone + "'" + prepare + "true'")) { return; }
+  const Environment environment = {{"PATH", "/usr/sbin:/usr/bin:/sbin:/bin"},
+                                   {"PORT", "8080"},
+                                   {"WARMPROXY_TRUST_PROXY", "1"}};
+  Process proxy("/bin/sh",
+                {"-c",
+                 "exec " + alone + "'" + prepare + "exec \"$@\"' sh \"$@\"",
+                 "sh", built("warmproxy"), built("fake")},
+                environment);
+  REQUIRE(proxy.printed("listening on"));
+  const auto all = children_of(proxy.pid());
+  REQUIRE(all.size() == 1);
+  const auto ask = [&](const std::string &target) {
+    Process client("nsenter",
+                   {"-t", std::to_string(all.front()), "-n", "bash", "-c",
+                    "exec 3<>/dev/tcp/127.0.0.1/8080; printf 'GET " + target +
+                        " HTTP/1.0\\r\\nX-Forwarded-Proto: https\\r\\n\\r\\n' "
+                        ">&3; cat <&3"},
+                   environment);
+    client.wait();
+    return client.out();
+  };
+  const auto echoed = ask("/echo");
+  CHECK(echoed.find("HTTP/1.1 200") == 0);
+  CHECK(echoed.find("X-Forwarded-Proto: https") != std::string::npos);
+  ask("/crash");
+  CHECK(wait_for([&] { return ask("/pid").find("HTTP/1.1 200") == 0; }));
+  kill(all.front(), SIGTERM);
+  CHECK(proxy.wait() == 0);
+  CHECK_FALSE(proxy.printed("cannot be ended", Milliseconds(0)));
+}
