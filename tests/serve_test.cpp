@@ -213,8 +213,9 @@ TEST_CASE("serve: an address that cannot be bound is one line, and status 1") {
   CHECK(read_file(directory / "starts") == "");
 }
 
-TEST_CASE(
-    "serve: too few descriptors at the start are one line, and status 1") {
+// Sanitizers need descriptors and threads themselves.
+TEST_CASE("serve: too few descriptors at the start are one line, and status 1" *
+          doctest::skip(sanitized)) {
   for (int limit = 4; limit <= 14; ++limit) {
     CAPTURE(limit);
     Script serve("ulimit -n " + std::to_string(limit) + "; exec \"$@\"",
@@ -234,8 +235,8 @@ TEST_CASE(
   }
 }
 
-TEST_CASE(
-    "serve: no thread or process at the start is one line, and status 1") {
+TEST_CASE("serve: no thread or process at the start is one line, and status 1" *
+          doctest::skip(sanitized)) {
   if (getuid() != 0 || !can("prlimit --nproc=1 " + someone + "true")) {
     return;
   }
