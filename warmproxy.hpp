@@ -3083,171 +3083,90 @@ inline Time UpstreamPool::deadline() const {
 
 // Where Options::binary may be, in this order.
 inline std::vector<std::string> program_places(const std::string &name) {
-  std::vector<std::string> places;
   if (contains(name, "/")) {
-    places.push_back(name);
-    std::error_code error;
+    std::error_code error; // without /proc, it is the same place twice
     const auto self = std::filesystem::read_symlink("/proc/self/exe", error);
-    if (!error && name[0] != '/') {
-      places.push_back(self.parent_path() / name);
-    }
-    return places;
+    return {name, self.parent_path() / name};
   }
   const char *path = std::getenv("PATH");
-  std::string_view rest = path ? path : "/usr/local/bin:/usr/bin:/bin";
-  for (;;) {
-    const auto directory = until(rest, ':'); // empty: the current one
-    places.push_back(concat(directory.empty() ? "." : directory, "/", name));
-    if (directory.size() == rest.size()) { return places; }
-    rest.remove_prefix(directory.size() + 1);
+  const auto list = concat(path ? path : "/usr/local/bin:/usr/bin:/bin", ":");
+  std::vector<std::string> places;
+  for (std::string_view rest = list; !rest.empty();) {
+    const auto folder = until(rest, ':'); // empty: the current one
+    places.push_back(concat(folder.empty() ? "." : folder, "/", name));
+    rest.remove_prefix(folder.size() + 1);
   }
+  return places;
 }
 
+// The first place of a file that we may execute, else of anything that exists;
+// "" if there is none.
 inline std::string find_place(const std::string &name) {
+  namespace fs = std::filesystem;
+  std::string found;
   for (const auto &place : program_places(name)) {
-    struct stat file = {};
-    if (::stat(place.c_str(), &file) == 0 && S_ISREG(file.st_mode) &&
+    std::error_code error;
+    if (fs::is_regular_file(place, error) &&
         ::access(place.c_str(), X_OK) == 0) {
       return place;
     }
+    const auto type = fs::symlink_status(place, error).type();
+    if (found.empty() && type != fs::file_type::not_found) { found = place; }
   }
-  return {};
+  return found;
 }
 
-// Finds the program as Options::binary says; "" if there is none that we may
-// execute. The path is absolute: the target may run elsewhere. Its parents are
-// resolved by the kernel, for which `link/../x` is not `x`. Its last component
-// never is: busybox and virtual environments are links that go by their names.
-inline std::string find_binary(const std::string &name) {
-  const std::filesystem::path place = find_place(name);
+// Absolute, since the target may run elsewhere. The parents are resolved by the
+// kernel, for which `link/../x` is not `x`. The last component never is:
+// busybox and virtual environments are links that go by their names.
+inline std::string absolute_path(const std::filesystem::path &place) {
   std::error_code error;
-  const auto parent = std::filesystem::canonical(
-      place.has_parent_path() ? place.parent_path() : ".", error);
-  return place.empty() || error ? "" : (parent / place.filename()).string();
+  const auto parent = std::filesystem::canonical(place.parent_path(), error);
+  return error ? "" : (parent / place.filename()).string();
 }
 
 // ---- Process: why a program cannot be executed
 
-inline std::string read_start(const std::string &path, std::size_t size) {
-  std::string bytes(size, '\0');
+inline std::string read_start(const std::string &path) {
+  std::string bytes(4096, '\0');
   const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
-  const auto n = file ? ::read(file.get(), bytes.data(), size) : 0;
+  const auto n = file ? ::read(file.get(), bytes.data(), bytes.size()) : 0;
   bytes.resize(n > 0 ? static_cast<std::size_t>(n) : 0);
   return bytes;
 }
 
-template <typename N> N number_at(std::string_view bytes, std::uint64_t at) {
-  N number{};
-  if (bytes.size() >= sizeof(N) && at <= bytes.size() - sizeof(N)) {
-    std::memcpy(&number, bytes.data() + at, sizeof(N));
-  }
-  return number;
-}
-
-inline bool is_elf(std::string_view file) {
-  return starts_with(file, "\177ELF") && file.size() >= 64;
-}
-
-// The class, the byte order and the machine that an ELF file is for.
-inline std::string elf_machine(std::string_view file) {
-  return concat(file.substr(4, 2), file.substr(18, 2));
-}
-
-inline std::string machine_name(std::string_view file) {
-  switch (number_at<std::uint16_t>(file, 18)) { // e_machine
-  case 3: return "i386";
-  case 40: return "arm";
-  case 62: return "x86-64";
-  case 183: return "aarch64";
-  case 243: return "riscv";
-  default: return "another machine";
-  }
-}
-
-// The dynamic linker that an ELF file asks for; "" if none was found.
-inline std::string elf_interpreter(std::string_view file) {
-  const bool wide = file[4] == 2; // ELFCLASS64
-  const auto address = [&](std::uint64_t at) {
-    return wide ? number_at<std::uint64_t>(file, at)
-                : number_at<std::uint32_t>(file, at);
-  };
-  const auto size = number_at<std::uint16_t>(file, wide ? 54 : 42);
-  const auto count = number_at<std::uint16_t>(file, wide ? 56 : 44);
-  auto header = address(wide ? 32 : 28); // e_phoff
-  for (int i = 0; i < count; ++i, header += size) {
-    if (number_at<std::uint32_t>(file, header) != 3) { continue; } // PT_INTERP
-    const auto offset = address(header + (wide ? 8 : 4));
-    if (offset < file.size()) {
-      return std::string(until(file.substr(offset), '\0'));
-    }
-  }
-  return {};
-}
-
-// `error` is what execve(2) said; 0: it was not asked. What an emulator might
-// run (binfmt_misc) is only judged when execve(2) has refused it.
-inline std::string explain_elf(std::string_view file, int error) {
-  const auto self = read_start("/proc/self/exe", 64);
-  const bool native = is_elf(self) && elf_machine(self) == elf_machine(file);
-  if (error == ENOEXEC && !native) {
-    return concat("it is built for ", machine_name(file),
-                  is_elf(self) ? concat(", not for ", machine_name(self)) : "");
-  }
-  const auto interpreter =
-      native || error == ENOENT ? elf_interpreter(file) : "";
-  if (interpreter.empty() || ::access(interpreter.c_str(), F_OK) == 0) {
-    return {};
-  }
-  return concat("its dynamic linker ", printable(interpreter),
-                " does not exist (it was built for another C library; a "
-                "statically linked program runs anywhere)");
-}
-
-inline std::string explain_file(const std::string &path, int error, int depth);
-
-inline std::string explain_script(std::string_view file, int error, int depth) {
-  const auto line = trim(until(file.substr(2), '\n'));
+inline std::string explain_script(const std::string &file) {
+  const auto line = trim(until(std::string_view(file).substr(2), '\n'));
   const std::string interpreter(line.substr(0, line.find_first_of(" \t")));
   if (ends_with(interpreter, "\r") ||
       (ends_with(interpreter, "/env") && ends_with(line, "\r"))) {
     return "its first line ends with a carriage return (save it with Unix line "
            "ends)";
   }
-  if (!starts_with(interpreter, "/")) { return {}; }
-  const auto reason = ::access(interpreter.c_str(), F_OK) != 0
-                          ? "does not exist"
-                          : explain_file(interpreter, error, depth + 1);
-  return reason.empty()
-             ? ""
-             : concat("its interpreter ", printable(interpreter),
-                      starts_with(reason, "does") ? " " : ": ", reason);
+  const bool is_missing =
+      starts_with(interpreter, "/") && ::access(interpreter.c_str(), F_OK) != 0;
+  return is_missing ? concat("its interpreter ", printable(interpreter),
+                             " does not exist")
+                    : "";
 }
 
-inline std::string explain_format(std::string_view file) {
-  if (file.empty()) { return "it is empty"; }
-  if (starts_with(file, "MZ")) { return "it is a Windows program"; }
-  for (const std::string_view magic :
-       {"\xcf\xfa\xed\xfe", "\xca\xfe\xba\xbe"}) {
-    if (starts_with(file, magic)) { return "it is a macOS program"; }
-  }
-  const bool is_binary = std::any_of(file.begin(), file.end(), [](char c) {
-    return is_control(c) && !std::isspace(c);
-  });
-  return is_binary ? "it is no program for this system"
-                   : "it is a script without a #! line";
+// For a file that exists, execve(2) returns ENOENT if the dynamic linker does
+// not. An ELF file names it near its start, as "/lib64/ld-linux-x86-64.so.2".
+inline std::string explain_linker(const std::string &file) {
+  const auto at = file.find("/ld");
+  if (at == std::string::npos) { return {}; }
+  const std::string linker = file.c_str() + file.rfind('\0', at) + 1;
+  return concat("its dynamic linker ", printable(linker),
+                " does not exist (it was built for another C library; a "
+                "statically linked program runs anywhere)");
 }
 
-// Why the file cannot be executed, as far as it can be seen; "" if not at all.
-inline std::string explain_file(const std::string &path, int error, int depth) {
-  struct stat file = {}, link = {};
-  if (::stat(path.c_str(), &file) != 0) {
-    const int reason = errno;
-    return ::lstat(path.c_str(), &link) == 0 && reason == ENOENT
-               ? "a link to a file that does not exist"
-               : error_text(reason);
-  }
-  if (S_ISDIR(file.st_mode)) { return "a directory, not a program"; }
-  if (!S_ISREG(file.st_mode)) { return "not a regular file"; }
+// Why the file cannot be executed, as far as it can be seen; "" if nothing is
+// seen to be wrong. `error` is what execve(2) returned; 0: it was not called.
+inline std::string explain_file(const std::string &path, int error) {
+  struct stat status = {};
+  if (::stat(path.c_str(), &status) != 0) { return error_text(errno); }
+  if (!S_ISREG(status.st_mode)) { return "not a regular file"; }
   if (::access(path.c_str(), X_OK) != 0) {
 #ifdef ST_NOEXEC
     struct statvfs system = {};
@@ -3257,36 +3176,65 @@ inline std::string explain_file(const std::string &path, int error, int depth) {
 #endif
     return "not executable (chmod +x makes it so)";
   }
-  const auto bytes = read_start(path, 4096);
-  if (starts_with(bytes, "#!")) {
-    return depth < 4 ? explain_script(bytes, error, depth) : "";
+  const auto file = read_start(path);
+  std::string reason;
+  if (starts_with(file, "#!")) {
+    reason = explain_script(file);
+  } else if (error == ENOENT) {
+    reason = explain_linker(file);
+  } else if (error == ENOEXEC) {
+    reason = has_control(until(file, '\n'))
+                 ? "it was built for another system or processor"
+                 : "it is a script without a #! line";
   }
-  if (is_elf(bytes)) { return explain_elf(bytes, error); }
-  return error == ENOEXEC ? explain_format(bytes) : "";
+  return reason.empty() && error ? error_text(error) : reason;
 }
 
 // Why Options::binary cannot be executed, in one line; "" if nothing is seen to
 // be wrong.
 inline std::string explain_unrunnable(const std::string &name) {
   const auto place = find_place(name);
-  if (!place.empty()) {
-    const auto reason = explain_file(place, 0, 0);
-    return reason.empty() ? "" : concat(printable(place), ": ", reason);
+  if (place.empty()) {
+    return concat(printable(name), contains(name, "/") ? ": no such file"
+                                                       : ": not found on PATH");
   }
-  for (const auto &path : program_places(name)) {
-    struct stat link = {};
-    if (::lstat(path.c_str(), &link) == 0 || errno == EACCES) {
-      return concat(printable(path), ": ", explain_file(path, 0, 0));
-    }
-  }
-  return concat(printable(name), ": ",
-                !contains(name, "/") ? "not found on PATH"
-                : name[0] == '/'     ? "no such file"
-                                     : "no such file, neither from the current "
-                                       "directory nor beside this executable");
+  const auto reason = explain_file(place, 0);
+  return reason.empty() ? "" : concat(printable(place), ": ", reason);
 }
 
 // ---- Process: the scratch copy
+
+inline std::vector<std::string> names_in(const std::string &folder,
+                                         std::error_code &error) {
+  std::vector<std::string> names;
+  std::filesystem::directory_iterator entry(folder, error);
+  while (!error && entry != std::filesystem::directory_iterator()) {
+    names.push_back(entry->path().filename().string());
+    entry.increment(error);
+  }
+  return names;
+}
+
+// `path` without `folder` and "/"; "" if it is not in there.
+inline std::string path_within(const std::string &folder,
+                               const std::string &path) {
+  const auto prefix = ends_with(folder, "/") ? folder : folder + "/";
+  return starts_with(path, prefix) ? path.substr(prefix.size()) : "";
+}
+
+// Makes `path` and its parents, accessible to us alone.
+inline void make_private_folders(const std::filesystem::path &path) {
+  std::filesystem::path folder;
+  for (const auto &part : path) {
+    folder /= part;
+    if (::mkdir(folder.c_str(), 0700) == 0) { continue; }
+    const int reason = errno;
+    std::error_code error;
+    if (!std::filesystem::is_directory(folder, error)) {
+      fail_start_at(folder, reason);
+    }
+  }
+}
 
 // One copy of a directory for each release of it, in `scratch/<fingerprint>`.
 // It is made under another name and renamed when it is complete, so there are
@@ -3296,10 +3244,53 @@ class ScratchCopy {
 public:
   // `source` is canonical. `check` is called all the time and may throw.
   ScratchCopy(std::string source, const std::string &scratch, const Log &log,
-              const std::function<void()> &check);
+              const std::function<void()> &check)
+      : source_(std::move(source)), log_(log), check_(check) {
+    make_private_folders(std::filesystem::absolute(scratch));
+    scratch_ = std::filesystem::canonical(scratch);
+    struct stat status = {};
+    if (::stat(scratch_.c_str(), &status) != 0) {
+      fail_start_at(scratch_, errno);
+    }
+    if (status.st_uid != ::geteuid() && status.st_uid != 0) {
+      fail_start(concat(scratch_, ": belongs to another user (uid ",
+                        decimal(status.st_uid),
+                        "), who could replace the program"));
+    }
+    if ((status.st_mode & S_IWOTH) && !(status.st_mode & S_ISVTX)) {
+      fail_start(concat(scratch_, ": any user may write to it, and could "
+                                  "replace the program"));
+    }
+    if (scratch_ == source_) {
+      fail_start(concat(scratch_, ": is the directory that is to be copied"));
+    }
+  }
+
+  ~ScratchCopy() {
+    std::error_code ignored;
+    if (lock_) { std::filesystem::remove_all(unfinished_, ignored); }
+  }
 
   // Returns the path of the copy. Throws the reason why there is none.
-  std::string make();
+  std::string make() {
+    list("");
+    for (std::size_t i = 0; i < entries_.size(); ++i) {
+      if (S_ISDIR(entries_[i].status.st_mode)) { list(entries_[i].path + "/"); }
+    }
+    const auto copy = concat(scratch_, "/", fingerprint());
+    if (exists(copy)) { return copy; }
+    const auto began = SteadyClock::now();
+    make_unfinished();
+    copy_all();
+    if (::rename(unfinished_.c_str(), copy.c_str()) != 0) {
+      const int error = errno;
+      if (exists(copy)) { return copy; } // another process was faster
+      fail_start_at(copy, error);
+    }
+    log_(concat("copied ", source_, " to ", copy, " in ",
+                in_seconds(SteadyClock::now() - began), " s"));
+    return copy;
+  }
 
 private:
   struct Entry {
@@ -3307,345 +3298,177 @@ private:
     struct stat status = {};
     std::string link; // what a symbolic link holds
   };
-  struct Unfinished {
-    std::string path;
-    Descriptor lock;
-  };
 
-  void list();
-  void add(int directory, const std::string &path, const char *name);
-  void skip(const std::string &path) const;
-  std::string fingerprint() const;
-  bool exists(const std::string &copy) const;
-  Unfinished make_unfinished() const;
-  void remove_unfinished() const;
-  void report_others(const std::string &copy) const;
-  template <typename F> void for_each_folder(F function) const;
-  void copy_all(const std::string &to) const;
-  void copy_file(const Entry &entry, const std::string &to) const;
-  void copy_bytes(int from, int to, const Entry &entry,
-                  const std::string &to_path) const;
-  std::string link_text(const Entry &entry) const;
+  // Adds what is in `folder`: "" or "a/b/".
+  void list(const std::string &folder) {
+    const auto path = concat(source_, "/", folder);
+    std::error_code error;
+    const auto names = names_in(path, error);
+    if (error) { return skip(path, error.value()); }
+    for (const auto &name : names) {
+      check_();
+      Entry entry;
+      entry.path = concat(folder, name);
+      const auto from = concat(path, name);
+      if (::lstat(from.c_str(), &entry.status) != 0) {
+        skip(from, errno);
+        continue;
+      }
+      const auto mode = entry.status.st_mode;
+      if (S_ISLNK(mode)) { entry.link = std::filesystem::read_symlink(from); }
+      // Sockets and the like belong to a process, not to a release.
+      if (S_ISLNK(mode) || S_ISREG(mode) ||
+          (S_ISDIR(mode) && from != scratch_)) {
+        entries_.push_back(std::move(entry));
+      }
+    }
+  }
+
+  // Leaves out what cannot be read. Any other error ends the copy.
+  void skip(const std::string &path, int error) const {
+    if (error == ENOENT) { return; } // it was just removed
+    if (error != EACCES && error != EPERM) { fail_start_at(path, error); }
+    log_(concat("left out of the scratch copy: ", printable(path), ": ",
+                error_text(error)));
+  }
+
+  // Of the entries, in any order. The change time counts and the modification
+  // time does not, since deployment tools set the latter to a constant. A
+  // folder's times and size change only with its names, which count anyway.
+  std::string fingerprint() const {
+    std::uint64_t sum = 0;
+    for (const auto &[path, status, link] : entries_) {
+      const std::string_view end("\0", 1);
+      auto text = concat(path, end, link, end, decimal(status.st_mode));
+      if (!S_ISDIR(status.st_mode)) {
+        append(text, " ", decimal(status.st_size), " ",
+               decimal(status.st_ctim.tv_sec), " ",
+               decimal(status.st_ctim.tv_nsec));
+      }
+      std::uint64_t hash = 14695981039346656037U; // FNV-1a
+      for (const char c : text) {
+        hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211U;
+      }
+      sum += hash ^ (hash >> 32);
+    }
+    char text[17];
+    std::snprintf(text, sizeof(text), "%016llx",
+                  static_cast<unsigned long long>(sum));
+    return text;
+  }
+
+  bool exists(const std::string &copy) const {
+    struct stat status = {};
+    if (::lstat(copy.c_str(), &status) != 0) { return false; }
+    if (!S_ISDIR(status.st_mode) || status.st_uid != ::geteuid()) {
+      fail_start(concat(copy, ": not a folder of ours (uid ",
+                        decimal(status.st_uid),
+                        "), though it has the name of a scratch copy; remove "
+                        "it"));
+    }
+    return true;
+  }
+
+  static Descriptor open_folder(const std::string &path) {
+    return Descriptor(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  }
+
+  // Makes the folder for the copy under way. Its lock tells others that we are
+  // alive; until it has one, the lock on `scratch` keeps them away.
+  void make_unfinished() {
+    const auto scratch = open_folder(scratch_);
+    ::flock(scratch.get(), LOCK_EX);
+    tidy_up();
+    unfinished_ = concat(scratch_, "/.unfinished-XXXXXX");
+    if (::mkdtemp(unfinished_.data())) { lock_ = open_folder(unfinished_); }
+    if (!lock_) { fail_start_at(unfinished_, errno); }
+    ::flock(lock_.get(), LOCK_EX);
+  }
+
+  // Removes what dead processes left unfinished. Earlier copies stay, since
+  // what the program wrote into one is only in there.
+  void tidy_up() const {
+    std::error_code ignored;
+    for (const auto &name : names_in(scratch_, ignored)) {
+      const auto path = concat(scratch_, "/", name);
+      if (starts_with(name, ".unfinished-")) {
+        const auto folder = open_folder(path);
+        if (::flock(folder.get(), LOCK_EX | LOCK_NB) != 0) { continue; }
+        std::filesystem::remove_all(path, ignored);
+        log_(concat("removed the unfinished scratch copy ", path));
+      } else if (name.size() == 16 &&
+                 name.find_first_not_of("0123456789abcdef") == name.npos) {
+        log_(concat("an earlier scratch copy is left where it is: ", path));
+      }
+    }
+  }
+
+  void copy_all() const {
+    for (const auto &entry : entries_) {
+      check_();
+      const auto to = concat(unfinished_, "/", entry.path);
+      if (S_ISREG(entry.status.st_mode)) {
+        copy_file(concat(source_, "/", entry.path), to);
+      } else if (S_ISDIR(entry.status.st_mode)
+                     ? ::mkdir(to.c_str(), 0700) != 0
+                     : ::symlink(link_text(entry).c_str(), to.c_str()) != 0) {
+        fail_start_at(to, errno);
+      }
+    }
+    // Afterwards, since filling a folder changes its time. The owner may always
+    // write, or the copy of a read-only release (Nix) would be read-only, too.
+    for (const auto &[path, status, link] : entries_) {
+      const auto to = concat(unfinished_, "/", path);
+      const auto owner = S_ISDIR(status.st_mode) ? S_IRWXU : S_IWUSR;
+      if (!S_ISLNK(status.st_mode)) {
+        ::chmod(to.c_str(), (status.st_mode & 07777) | owner);
+      }
+      const timespec times[] = {status.st_atim, status.st_mtim};
+      ::utimensat(AT_FDCWD, to.c_str(), times, AT_SYMLINK_NOFOLLOW);
+    }
+  }
+
+  void copy_file(const std::string &from, const std::string &to) const {
+    const Descriptor reading(
+        ::open(from.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
+    if (!reading) { return skip(from, errno); }
+    Descriptor writing(
+        ::open(to.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
+    if (!writing) { fail_start_at(to, errno); }
+    std::array<char, 65536> bytes;
+    while (const auto n = ::read(reading.get(), bytes.data(), bytes.size())) {
+      check_();
+      if (n < 0) { fail_start_at(from, errno); }
+      for (ssize_t written = 0; written < n;) {
+        const auto m = ::write(writing.get(), bytes.data() + written,
+                               static_cast<std::size_t>(n - written));
+        if (m < 0) { fail_start_at(to, errno); }
+        written += m;
+      }
+    }
+    if (::close(writing.release()) != 0) { fail_start_at(to, errno); }
+  }
+
+  // What a symbolic link holds in the copy. A relative one that leads out of
+  // the directory must still find its file. The text alone does not show that,
+  // since the kernel resolves links on the way.
+  std::string link_text(const Entry &entry) const {
+    const std::filesystem::path from = concat(source_, "/", entry.path);
+    const auto absolute = from.parent_path() / entry.link;
+    std::error_code error;
+    const std::string real = std::filesystem::weakly_canonical(
+        absolute.filename() == ".." ? absolute : absolute.parent_path(), error);
+    return is_below(real, source_) ? entry.link : absolute.string();
+  }
 
   const std::string source_;
   const Log &log_;
   const std::function<void()> &check_;
-  std::string scratch_; // canonical
-  struct stat scratch_status_ = {};
+  std::string scratch_;        // canonical
   std::vector<Entry> entries_; // a folder comes before what it holds
+  std::string unfinished_;     // the copy under way
+  Descriptor lock_;
 };
-
-inline bool same_file(const struct stat &a, const struct stat &b) {
-  return a.st_dev == b.st_dev && a.st_ino == b.st_ino;
-}
-
-// `path` and its parents, for ourselves alone.
-inline void make_private_folders(const std::filesystem::path &path) {
-  std::filesystem::path folder;
-  for (const auto &part : path) {
-    folder /= part;
-    if (::mkdir(folder.c_str(), 0700) == 0) { continue; }
-    const int error = errno;
-    std::error_code ignored;
-    if (!std::filesystem::is_directory(folder, ignored)) {
-      fail_start_at(folder, error);
-    }
-  }
-}
-
-inline ScratchCopy::ScratchCopy(std::string source, const std::string &scratch,
-                                const Log &log,
-                                const std::function<void()> &check)
-    : source_(std::move(source)), log_(log), check_(check) {
-  const auto path = std::filesystem::absolute(scratch);
-  make_private_folders(path);
-  scratch_ = std::filesystem::canonical(path);
-  struct stat from = {};
-  if (::stat(scratch_.c_str(), &scratch_status_) != 0 ||
-      ::stat(source_.c_str(), &from) != 0) {
-    fail_start_at(scratch_, errno);
-  }
-  const auto owner = scratch_status_.st_uid;
-  const auto mode = scratch_status_.st_mode;
-  if (owner != ::geteuid() && owner != 0) {
-    fail_start(concat(scratch_, ": belongs to another user (uid ",
-                      decimal(owner), "), who could replace the program"));
-  }
-  if ((mode & S_IWOTH) && !(mode & S_ISVTX)) {
-    fail_start(concat(scratch_, ": any user may write to it, and could replace "
-                                "the program"));
-  }
-  if (same_file(scratch_status_, from)) {
-    fail_start(concat(scratch_, ": is the directory that is to be copied"));
-  }
-}
-
-inline std::string ScratchCopy::make() {
-  list();
-  const auto copy = concat(scratch_, "/", fingerprint());
-  if (exists(copy)) { return copy; }
-  remove_unfinished();
-  const auto began = SteadyClock::now();
-  const auto unfinished = make_unfinished();
-  std::error_code ignored;
-  try {
-    copy_all(unfinished.path);
-  } catch (...) {
-    std::filesystem::remove_all(unfinished.path, ignored);
-    throw;
-  }
-  if (::rename(unfinished.path.c_str(), copy.c_str()) != 0) {
-    const int error = errno;
-    std::filesystem::remove_all(unfinished.path, ignored);
-    if (exists(copy)) { return copy; } // another process was faster
-    fail_start_at(copy, error);
-  }
-  log_(concat("copied ", source_, " to ", copy, " in ",
-              in_seconds(SteadyClock::now() - began), " s"));
-  report_others(copy);
-  return copy;
-}
-
-// Reads the names and what lstat(2) says. One descriptor at a time.
-inline void ScratchCopy::list() {
-  std::vector<std::string> pending{""};
-  while (!pending.empty()) {
-    const auto folder = std::move(pending.back());
-    pending.pop_back();
-    const auto path = concat(source_, "/", folder);
-    const std::unique_ptr<DIR, int (*)(DIR *)> directory(
-        ::opendir(path.c_str()), ::closedir);
-    if (!directory) {
-      if (folder.empty()) { fail_start_at(source_, errno); }
-      skip(path);
-      continue;
-    }
-    const auto first = entries_.size();
-    while (const auto entry = ::readdir(directory.get())) {
-      check_();
-      add(::dirfd(directory.get()), folder, entry->d_name);
-    }
-    for (auto i = first; i < entries_.size(); ++i) {
-      if (S_ISDIR(entries_[i].status.st_mode)) {
-        pending.push_back(concat(entries_[i].path, "/"));
-      }
-    }
-  }
-}
-
-inline void ScratchCopy::add(int directory, const std::string &folder,
-                             const char *name) {
-  if (!std::strcmp(name, ".") || !std::strcmp(name, "..")) { return; }
-  Entry entry;
-  entry.path = concat(folder, name);
-  if (::fstatat(directory, name, &entry.status, AT_SYMLINK_NOFOLLOW) != 0) {
-    return skip(entry.path);
-  }
-  const auto mode = entry.status.st_mode;
-  if (S_ISLNK(mode)) {
-    char text[PATH_MAX];
-    const auto n = ::readlinkat(directory, name, text, sizeof(text));
-    if (n < 0) { return skip(entry.path); }
-    entry.link.assign(text, static_cast<std::size_t>(n));
-  } else if (S_ISDIR(mode)) {
-    if (same_file(entry.status, scratch_status_)) { return; }
-  } else if (!S_ISREG(mode)) {
-    return; // sockets and the like belong to a process, not to a release
-  }
-  entries_.push_back(std::move(entry));
-}
-
-// Leaves out what cannot be read (errno says why). Any other error ends the
-// copy.
-inline void ScratchCopy::skip(const std::string &path) const {
-  if (errno == ENOENT) { return; } // it was just removed
-  if (errno != EACCES && errno != EPERM) { fail_start_at(path, errno); }
-  log_(concat("left out of the scratch copy: ", printable(path), ": ",
-              error_text(errno)));
-}
-
-// Of what is in `source`, in any order. The change time counts and the
-// modification time does not, since deployment tools set the latter to a
-// constant. A folder's times and size only tell about names, which are there.
-inline std::string ScratchCopy::fingerprint() const {
-  std::uint64_t sum = 0;
-  for (const auto &entry : entries_) {
-    const auto &status = entry.status;
-    auto text = concat(entry.path, std::string_view("\0", 1), entry.link,
-                       std::string_view("\0", 1), decimal(status.st_mode));
-    if (!S_ISDIR(status.st_mode)) {
-      append(text, " ", decimal(status.st_size), " ",
-             decimal(status.st_ctim.tv_sec), " ",
-             decimal(status.st_ctim.tv_nsec));
-    }
-    std::uint64_t hash = 14695981039346656037U; // FNV-1a
-    for (const char c : text) {
-      hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211U;
-    }
-    sum += hash ^ (hash >> 32);
-  }
-  char text[17];
-  std::snprintf(text, sizeof(text), "%016llx",
-                static_cast<unsigned long long>(sum));
-  return text;
-}
-
-inline bool ScratchCopy::exists(const std::string &copy) const {
-  struct stat status = {};
-  if (::lstat(copy.c_str(), &status) != 0) { return false; }
-  if (!S_ISDIR(status.st_mode) || status.st_uid != ::geteuid()) {
-    fail_start(concat(copy, ": not a folder of ours (uid ",
-                      decimal(status.st_uid),
-                      "), though it has the name of a "
-                      "scratch copy; remove it"));
-  }
-  return true;
-}
-
-// A folder for a copy under way. Its lock tells others that we live; they take
-// an unlocked one for a dead process's, as they may this one for a moment.
-inline ScratchCopy::Unfinished ScratchCopy::make_unfinished() const {
-  for (;;) {
-    Unfinished made{concat(scratch_, "/.unfinished-XXXXXX"), {}};
-    if (!::mkdtemp(made.path.data())) { fail_start_at(made.path, errno); }
-    made.lock.reset(
-        ::open(made.path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-    if (!made.lock && errno != ENOENT) {
-      const int error = errno;
-      ::rmdir(made.path.c_str());
-      fail_start_at(made.path, error);
-    }
-    struct stat held = {}, named = {};
-    const bool locked = ::flock(made.lock.get(), LOCK_EX | LOCK_NB) == 0 ||
-                        (errno != EWOULDBLOCK && errno != EBADF);
-    if (locked && ::fstat(made.lock.get(), &held) == 0 &&
-        ::lstat(made.path.c_str(), &named) == 0 && same_file(held, named)) {
-      return made;
-    }
-  }
-}
-
-// Calls `function` with the name and path of each folder of ours in `scratch`.
-template <typename F> void ScratchCopy::for_each_folder(F function) const {
-  std::error_code error;
-  for (const auto &entry :
-       std::filesystem::directory_iterator(scratch_, error)) {
-    struct stat status = {};
-    if (::lstat(entry.path().c_str(), &status) == 0 &&
-        S_ISDIR(status.st_mode) && status.st_uid == ::geteuid()) {
-      function(entry.path().filename().string(), entry.path().string());
-    }
-  }
-}
-
-inline void ScratchCopy::remove_unfinished() const {
-  for_each_folder([&](const std::string &name, const std::string &path) {
-    if (!starts_with(name, ".unfinished-")) { return; }
-    const Descriptor folder(
-        ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-    if (!folder || ::flock(folder.get(), LOCK_EX | LOCK_NB) != 0) { return; }
-    std::error_code ignored;
-    std::filesystem::remove_all(path, ignored);
-    log_(concat("removed the unfinished scratch copy ", path));
-  });
-}
-
-// What the program wrote into an earlier copy is only in there.
-inline void ScratchCopy::report_others(const std::string &copy) const {
-  for_each_folder([&](const std::string &name, const std::string &path) {
-    const bool is_copy =
-        name.size() == 16 &&
-        name.find_first_not_of("0123456789abcdef") == std::string::npos;
-    if (is_copy && path != copy) {
-      log_(concat("an earlier scratch copy is left where it is: ", path));
-    }
-  });
-}
-
-inline void ScratchCopy::copy_all(const std::string &to) const {
-  for (const auto &entry : entries_) {
-    check_();
-    const auto path = concat(to, "/", entry.path);
-    const timespec times[] = {entry.status.st_atim, entry.status.st_mtim};
-    if (S_ISREG(entry.status.st_mode)) {
-      copy_file(entry, path);
-    } else if (S_ISDIR(entry.status.st_mode)) {
-      if (::mkdir(path.c_str(), 0700) != 0) { fail_start_at(path, errno); }
-    } else if (::symlink(link_text(entry).c_str(), path.c_str()) != 0) {
-      fail_start_at(path, errno);
-    } else {
-      ::utimensat(AT_FDCWD, path.c_str(), times, AT_SYMLINK_NOFOLLOW);
-    }
-  }
-  // At last, since to fill a folder changes its time.
-  for (auto entry = entries_.rbegin(); entry != entries_.rend(); ++entry) {
-    if (!S_ISDIR(entry->status.st_mode)) { continue; }
-    const auto path = concat(to, "/", entry->path);
-    const timespec times[] = {entry->status.st_atim, entry->status.st_mtim};
-    ::chmod(path.c_str(), (entry->status.st_mode & 07777) | S_IRWXU);
-    ::utimensat(AT_FDCWD, path.c_str(), times, 0);
-  }
-}
-
-// The copy's owner may always write, or a release that is read-only (Nix) would
-// make a copy that is.
-inline void ScratchCopy::copy_file(const Entry &entry,
-                                   const std::string &to) const {
-  const auto from = concat(source_, "/", entry.path);
-  const Descriptor reading(
-      ::open(from.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
-  if (!reading) { return skip(from); }
-  Descriptor writing(
-      ::open(to.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
-  if (!writing) { fail_start_at(to, errno); }
-  copy_bytes(reading.get(), writing.get(), entry, to);
-  const timespec times[] = {entry.status.st_atim, entry.status.st_mtim};
-  ::fchmod(writing.get(), (entry.status.st_mode & 07777) | S_IWUSR);
-  ::futimens(writing.get(), times);
-  if (::close(writing.release()) != 0) { fail_start_at(to, errno); }
-}
-
-inline void ScratchCopy::copy_bytes(int from, int to, const Entry &entry,
-                                    const std::string &to_path) const {
-#if defined(__linux__) && defined(SYS_copy_file_range)
-  while (entry.status.st_size > 0 &&
-         ::syscall(SYS_copy_file_range, from, nullptr, to, nullptr,
-                   std::size_t{8} << 20, 0) > 0) {
-    check_();
-  }
-#endif
-  // What is left, where the kernel cannot do it.
-  std::array<char, 65536> bytes;
-  for (;;) {
-    check_();
-    const auto n = ::read(from, bytes.data(), bytes.size());
-    if (n == 0) { return; }
-    if (n < 0 && errno != EINTR) { fail_start_at(entry.path, errno); }
-    for (ssize_t written = 0; written < n;) {
-      const auto m = ::write(to, bytes.data() + written,
-                             static_cast<std::size_t>(n - written));
-      if (m < 0 && errno != EINTR) { fail_start_at(to_path, errno); }
-      written += std::max<ssize_t>(m, 0);
-    }
-  }
-}
-
-// What a symbolic link holds in the copy. A relative one that leads out of the
-// directory must still find its file. The text alone does not tell: the kernel
-// resolves links on the way.
-inline std::string ScratchCopy::link_text(const Entry &entry) const {
-  namespace fs = std::filesystem;
-  const fs::path link = entry.link;
-  const auto folder = fs::path(entry.path).parent_path();
-  const auto as_text = (folder / link).lexically_normal();
-  if (link.is_absolute() || as_text.empty() || *as_text.begin() != "..") {
-    return entry.link;
-  }
-  std::error_code error;
-  const auto absolute = source_ / folder / link;
-  const auto real = fs::weakly_canonical(absolute.parent_path(), error);
-  return is_below(real.string(), source_) ? entry.link : absolute.string();
-}
 
 // ---- Process: what is run
 
@@ -3661,31 +3484,18 @@ struct Program {
   }
 };
 
-// `path` without `directory` and "/"; "" if it is not in there.
-inline std::string path_within(const std::string &directory,
-                               const std::string &path) {
-  const auto prefix = ends_with(directory, "/") ? directory : directory + "/";
-  return starts_with(path, prefix) ? path.substr(prefix.size()) : "";
-}
-
 // argv[0] has to name the file that runs as seen from the working directory:
 // virtual environments and programs that keep data beside themselves find their
 // place by it. As it was given, where that does; else inside the directory with
 // a dot (below /tmp, PocketBase takes an absolute path for `go run`).
 inline std::string argv0_for(const Config &config, const Program &program) {
   const auto &given = config.binary;
-  if (!contains(given, "/")) { // the target looks on PATH as we did
-    if (starts_with(find_place(given), "/") && !config.env.count("PATH") &&
-        find_binary(given) == program.path) {
-      return given;
-    }
-  } else {
-    const auto seen = std::filesystem::path(program.directory) / given;
-    struct stat there = {}, file = {};
-    if (::lstat(seen.c_str(), &there) == 0 &&
-        ::lstat(program.path.c_str(), &file) == 0 && same_file(there, file)) {
-      return given;
-    }
+  const bool by_path = !contains(given, "/"); // the target looks as we did
+  const auto seen = std::filesystem::path(program.directory) /
+                    (by_path ? find_place(given) : given);
+  if (absolute_path(seen) == program.path &&
+      !(by_path && config.env.count("PATH"))) {
+    return given;
   }
   const auto within = path_within(program.directory, program.path);
   return within.empty() ? program.path : concat("./", within);
@@ -3694,13 +3504,14 @@ inline std::string argv0_for(const Config &config, const Program &program) {
 // Finds the program, and makes its scratch copy where one is asked for.
 inline Program prepare_program(const Config &config, const Log &log,
                                const std::function<void()> &check) {
+  const auto reason = explain_unrunnable(config.binary);
+  if (!reason.empty()) { fail_start(reason); }
   Program program;
-  program.path = find_binary(config.binary);
-  if (program.path.empty()) { fail_start(explain_unrunnable(config.binary)); }
+  program.path = absolute_path(find_place(config.binary));
   const auto &given = config.directory.empty() ? "." : config.directory;
   std::error_code error;
   program.directory = std::filesystem::canonical(given, error);
-  if (error) { fail_start(concat("directory ", given, ": ", error.message())); }
+  if (error) { fail_start_at(concat("directory ", given), error.value()); }
   if (!config.scratch.empty()) {
     const auto within = path_within(program.directory, program.path);
     const auto copy =
@@ -3710,16 +3521,6 @@ inline Program prepare_program(const Config &config, const Log &log,
   }
   program.argv0 = argv0_for(config, program);
   return program;
-}
-
-// An inherited PWD stays where it is right, since it may lead there by links.
-inline std::string pwd_for(const std::string &directory) {
-  const char *inherited = std::getenv("PWD");
-  struct stat there = {}, here = {};
-  const bool is_right =
-      inherited && inherited[0] == '/' && ::stat(inherited, &there) == 0 &&
-      ::stat(directory.c_str(), &here) == 0 && same_file(there, here);
-  return is_right ? inherited : directory;
 }
 
 // HOST and HOSTNAME, which Docker sets, would make servers listen beside
@@ -3733,7 +3534,7 @@ inline std::vector<std::string> environment_for(const Config &config,
                                                 const std::string &directory,
                                                 const std::string &port) {
   std::map<std::string, std::string> variables;
-  for (auto variable = environ; *variable; ++variable) {
+  for (auto variable = environ; variable && *variable; ++variable) {
     const std::string_view text = *variable;
     const auto name = until(text, '=');
     if (name.size() < text.size() && is_inherited(name)) {
@@ -3741,7 +3542,7 @@ inline std::vector<std::string> environment_for(const Config &config,
     }
   }
   variables["PORT"] = port;
-  variables["PWD"] = pwd_for(directory);
+  variables["PWD"] = directory;
   for (auto [name, value] : config.env) {
     replace_all(value, "{port}", port);
     variables[name] = value;
@@ -3764,29 +3565,6 @@ inline std::vector<char *> pointers_to(std::vector<std::string> &texts) {
 
 // ---- Process: the watchdog
 
-// Kills the target's process group if we are killed: PR_SET_PDEATHSIG reaches
-// the target alone, not what it has forked.
-class Watchdog {
-public:
-  Watchdog();
-  ~Watchdog();
-  Watchdog(const Watchdog &) = delete;
-  Watchdog &operator=(const Watchdog &) = delete;
-
-  pid_t pid() const { return pid_; }
-  // Takes the pid_t of the group to kill; 0: none, -1: we are done.
-  int pipe() const { return writing_.get(); }
-  void watch(pid_t group) const {
-    if (::write(pipe(), &group, sizeof(group)) < 0) {}
-  }
-
-private:
-  [[noreturn]] static void run(int pipe, int parent);
-
-  Descriptor writing_;
-  pid_t pid_ = -1;
-};
-
 // A descriptor that polls readable when the process has exited; -1: none.
 inline int open_pidfd(pid_t pid) {
 #if defined(__linux__) && defined(SYS_pidfd_open)
@@ -3796,77 +3574,85 @@ inline int open_pidfd(pid_t pid) {
 #endif
 }
 
-inline Watchdog::Watchdog() {
-  Descriptor reading;
-  if (!make_pipe(reading, writing_)) {
-    throw std::system_error(errno, std::generic_category(), "pipe");
-  }
-  const Descriptor self(open_pidfd(::getpid()));
-  sigset_t all, before;
-  ::sigfillset(&all);
-  ::pthread_sigmask(SIG_SETMASK, &all, &before);
-  pid_ = ::fork();
-  if (pid_ == 0) { run(reading.get(), self.get()); }
-  const int error = errno;
-  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  if (pid_ < 0) {
-    throw std::system_error(error, std::generic_category(), "fork");
-  }
-}
-
-// The end of the pipe means that we are gone, but so does the pidfd, as a child
-// that the embedding program forked may hold the pipe open.
-inline void Watchdog::run(int pipe, int parent) {
-  ::setsid(); // whoever kills our process group must not kill this first
-  ::dup2(pipe, 0);
-  if (parent >= 0) { parent = ::dup2(parent, 1); }
-  close_from(parent >= 0 ? 2 : 1);
-  pid_t group = 0;
-  for (;;) {
-    pollfd fds[] = {{0, POLLIN, 0}, {parent, POLLIN, 0}};
-    if (::poll(fds, 2, -1) < 0) { continue; }
-    pid_t next = 0;
-    if (!fds[0].revents || ::read(0, &next, sizeof(next)) != sizeof(next)) {
-      break;
+// Kills the target's process group if we are killed: PR_SET_PDEATHSIG reaches
+// the target alone, not what it has forked.
+class Watchdog {
+public:
+  Watchdog() {
+    Descriptor reading;
+    if (!make_pipe(reading, writing_)) {
+      throw std::system_error(errno, std::generic_category(), "pipe");
     }
-    if (next < 0) { ::_exit(0); }
-    group = next;
+    const Descriptor self(open_pidfd(::getpid()));
+    sigset_t all, before;
+    ::sigfillset(&all);
+    ::pthread_sigmask(SIG_SETMASK, &all, &before);
+    pid_ = ::fork();
+    if (pid_ == 0) { run(reading.get(), self.get()); }
+    const int error = errno;
+    ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    if (pid_ < 0) {
+      throw std::system_error(error, std::generic_category(), "fork");
+    }
   }
-  if (group > 0) { ::kill(-group, SIGKILL); }
-  ::_exit(0);
-}
+  ~Watchdog() {
+    watch(-1);
+    while (::waitpid(pid_, nullptr, 0) < 0 && errno == EINTR) {}
+  }
 
-inline Watchdog::~Watchdog() {
-  watch(-1);
-  while (::waitpid(pid_, nullptr, 0) < 0 && errno == EINTR) {}
-}
+  pid_t pid() const { return pid_; }
+  // Tells the group to kill; 0: none, -1: we are done.
+  void watch(pid_t group) const {
+    if (::write(writing_.get(), &group, sizeof(group)) < 0) {}
+  }
+
+private:
+  // The end of the pipe means that we are gone, but so does the pidfd, as a
+  // child that the embedding program forked may hold the pipe open.
+  [[noreturn]] static void run(int pipe, int parent) {
+    ::setsid(); // whoever kills our process group must not kill this first
+    ::dup2(pipe, 0);
+    parent = ::dup2(parent, 1);
+    close_from(parent < 0 ? 1 : 2);
+    pid_t group = 0, next = 0;
+    for (;;) {
+      pollfd fds[] = {{0, POLLIN, 0}, {parent, POLLIN, 0}};
+      if (::poll(fds, 2, -1) < 0) { continue; }
+      if (!fds[0].revents || ::read(0, &next, sizeof(next)) != sizeof(next)) {
+        break;
+      }
+      if (next < 0) { ::_exit(0); }
+      group = next;
+    }
+    if (group > 0) { ::kill(-group, SIGKILL); }
+    ::_exit(0);
+  }
+
+  Descriptor writing_;
+  pid_t pid_ = -1;
+};
 
 // ---- Process: its process group, by /proc
 
 // Calls `function` with the pid of each process of a group that is no zombie.
 // Returns false where /proc does not tell.
 template <typename F> bool for_each_member(pid_t group, F function) {
-#ifdef __linux__
-  const std::unique_ptr<DIR, int (*)(DIR *)> proc(::opendir("/proc"),
-                                                  ::closedir);
-  if (!proc) { return false; }
-  while (const auto entry = ::readdir(proc.get())) {
+  bool known = false;
+  std::error_code error;
+  for (const auto &name : names_in("/proc", error)) {
     pid_t pid = 0, of = 0;
     char state = 0;
-    if (!to_number(entry->d_name, pid)) { continue; }
-    const auto text = read_start(concat("/proc/", entry->d_name, "/stat"), 512);
-    const auto name_end = text.rfind(')'); // the name may have one, too
-    if (name_end != std::string::npos &&
-        std::sscanf(text.c_str() + name_end + 1, " %c %*d %d", &state, &of) ==
-            2 &&
-        of == group && state != 'Z' && state != 'X') {
-      function(pid);
+    if (!to_number(name, pid)) { continue; }
+    const auto text = read_start(concat("/proc/", name, "/stat"));
+    const auto end = text.rfind(')'); // the program's name may have one, too
+    if (end == std::string::npos ||
+        std::sscanf(text.c_str() + end, ") %c %*d %d", &state, &of) != 2) {
+      continue;
     }
+    known = true;
+    if (of == group && state != 'Z' && state != 'X') { function(pid); }
   }
-  return true;
-#else
-  return static_cast<void>(group), static_cast<void>(function), false;
-#endif
+  return known;
 }
 
 struct ListeningSocket {
@@ -3877,41 +3663,34 @@ struct ListeningSocket {
   std::string program; // the name of a process that has it
 };
 
-// The sockets that a process has open, by inode.
-using SocketOwners = std::map<unsigned long, std::string>;
+// The name of the program by what a descriptor of its leads to, "socket:[123]".
+using SocketOwners = std::map<std::string, std::string>;
 
 inline void find_sockets(pid_t pid, SocketOwners &owners) {
   const auto process = concat("/proc/", decimal(pid));
   const auto name =
-      printable(std::string(until(read_start(process + "/comm", 64), '\n')));
+      printable(std::string(until(read_start(process + "/comm"), '\n')));
   std::error_code error;
-  for (auto entry = std::filesystem::directory_iterator(process + "/fd", error);
-       !error && entry != std::filesystem::directory_iterator();
-       entry.increment(error)) {
-    char link[64] = "";
-    unsigned long inode = 0;
-    if (::readlink(entry->path().c_str(), link, sizeof(link) - 1) > 0 &&
-        std::sscanf(link, "socket:[%lu]", &inode) == 1) {
-      owners.emplace(inode, name);
-    }
+  for (const auto &fd : names_in(process + "/fd", error)) {
+    const auto path = concat(process, "/fd/", fd);
+    owners.emplace(std::filesystem::read_symlink(path, error), name);
   }
 }
 
 // An address of /proc/net/tcp: hexadecimal words in the machine's byte order.
-inline SocketAddress address_from_hex(std::string_view hex) {
-  SocketAddress address;
-  auto &in = reinterpret_cast<sockaddr_in &>(address.storage);
-  auto &in6 = reinterpret_cast<sockaddr_in6 &>(address.storage);
-  const bool ipv6 = hex.size() > 8;
-  address.storage.ss_family = ipv6 ? AF_INET6 : AF_INET;
-  auto at = ipv6 ? static_cast<void *>(&in6.sin6_addr) : &in.sin_addr;
-  for (; hex.size() >= 8; hex.remove_prefix(8)) {
-    const auto word = static_cast<std::uint32_t>(
-        std::strtoul(std::string(hex.substr(0, 8)).c_str(), nullptr, 16));
-    std::memcpy(at, &word, sizeof(word));
-    at = static_cast<char *>(at) + sizeof(word);
+inline std::string address_from_hex(const std::string &hex) {
+  SocketAddress address(Endpoint{hex.size() > 8, 0});
+  void *bytes = &reinterpret_cast<sockaddr_in &>(address.storage).sin_addr;
+  if (hex.size() > 8) {
+    bytes = &reinterpret_cast<sockaddr_in6 &>(address.storage).sin6_addr;
   }
-  return address;
+  std::array<std::uint32_t, 4> words{};
+  for (std::size_t i = 0; i < hex.size() / 8; ++i) {
+    words[i] = static_cast<std::uint32_t>(
+        std::stoul(hex.substr(i * 8, 8), nullptr, 16));
+  }
+  std::memcpy(bytes, words.data(), hex.size() / 2);
+  return address.text();
 }
 
 // Appends those of the sockets that listen.
@@ -3928,18 +3707,16 @@ inline void read_listeners(const char *table, const SocketOwners &owners,
                     " %*d: %32[0-9A-F]:%x %*[0-9A-F]:%*x %x %*x:%*x %*x:%*x "
                     "%*x %*u %*u %lu",
                     local, &port, &state, &inode) != 4 ||
-        state != 0x0a || !owners.count(inode)) { // TCP_LISTEN
+        state != 0x0a) { // TCP_LISTEN
       continue;
     }
-    ListeningSocket socket;
-    socket.address = address_from_hex(local).text();
-    socket.port = static_cast<int>(port);
-    socket.ipv6 = contains(socket.address, ":");
-    for (const auto address : {"0.0.0.0", "127.0.0.1", "::", "::1"}) {
-      socket.reachable |= socket.address == address;
-    }
-    socket.program = owners.at(inode);
-    found.push_back(std::move(socket));
+    const auto owner = owners.find(concat("socket:[", decimal(inode), "]"));
+    if (owner == owners.end()) { continue; }
+    const auto address = address_from_hex(local);
+    const bool reachable = address == "0.0.0.0" || address == "127.0.0.1" ||
+                           address == "::" || address == "::1";
+    found.push_back({address, static_cast<int>(port), reachable,
+                     contains(address, ":"), owner->second});
   }
 }
 
@@ -3950,57 +3727,227 @@ inline void read_listeners(const char *table, const SocketOwners &owners,
 class Process {
 public:
   // Starts the watchdog process. Throws std::system_error.
-  Process(const Config &config, const Log &log);
-  Process(const Process &) = delete;
-  Process &operator=(const Process &) = delete;
+  Process(const Config &config, const Log &log) : config_(config), log_(log) {
+    ::getrlimit(RLIMIT_NOFILE, &files_);
+  }
 
   // Starts the program. Returns the reason why it cannot be started; "" if it
   // was. `cancelled` is polled during long work: the scratch copy, and while
   // the program's file is still being written.
   std::string start(int port, const std::function<bool()> &cancelled,
-                    Time deadline);
+                    Time deadline) {
+    const std::function<void()> check = [&] {
+      if (cancelled()) { fail_start("the start was cancelled"); }
+      if (RunningClock::now() >= deadline) {
+        fail_start("the time was over; see WARMPROXY_STARTUP_TIMEOUT");
+      }
+    };
+    exit_text_.clear();
+    try {
+      launch(prepare_program(config_, log_, check), decimal(port), check);
+    } catch (const std::filesystem::filesystem_error &error) {
+      return concat(printable(error.path1()), ": ", error.code().message());
+    } catch (const std::exception &error) { return error.what(); }
+    return {};
+  }
   // From start() until stop() has returned, though it may have exited().
   bool started() const { return pid_ != 0; }
   // Of the target and its process group; 0: none.
   pid_t pid() const { return pid_; }
   // Whether it is the target's or the watchdog's, which are reaped here.
   bool owns(pid_t pid) const { return pid == pid_ || pid == watchdog_.pid(); }
+  // Polls readable when the target exits. -1: ask exited() every 10 ms.
+  int exit_fd() const { return pidfd_.get(); }
+
   // Whether the target, if started, has exited. Reaps it.
-  bool exited();
+  bool exited() {
+    if (!started() || !exit_text_.empty()) { return started(); }
+    int status = 0;
+    const auto reaped = ::waitpid(pid_, &status, WNOHANG);
+    if (reaped == 0) { return false; }
+    if (reaped < 0) { // the program we are in ignores SIGCHLD, or has reaped it
+      exit_text_ = "ended";
+    } else if (WIFSIGNALED(status)) {
+      exit_text_ = concat("was killed by signal ", decimal(WTERMSIG(status)));
+    } else {
+      exit_text_ = concat("exited with status ", decimal(WEXITSTATUS(status)));
+    }
+    pidfd_.reset();
+    return true;
+  }
   // "exited with status 1", "was killed by signal 9". Stays until start().
   const std::string &exit_text() const { return exit_text_; }
   // What exit_text() means for a target that was not up yet, as " (...)" or "".
-  std::string exit_hint() const;
-  // Polls readable when the target exits. -1: ask exited() every 10 ms.
-  int exit_fd() const { return pidfd_.get(); }
+  std::string exit_hint() const {
+    return exit_text_ == "exited with status 0"
+               ? " (it must stay in the foreground: a program that puts itself "
+                 "in the background cannot be watched)"
+               : "";
+  }
+
   // Ends the target and its process group, or what a target that has exited
   // left of it. Blocks, until a second after `deadline` at the latest.
-  void stop(SteadyClock::time_point deadline);
+  void stop(SteadyClock::time_point deadline) {
+    if (!started()) { return; }
+    end_politely(deadline);
+    if (!ended()) { kill_group(); }
+    if (exit_text_.empty()) { exit_text_ = "could not be ended"; }
+    watchdog_.watch(0);
+    pidfd_.reset();
+    pid_ = 0;
+  }
+
   // The listening TCP sockets of the process group. Several may have the same
   // port. Empty where /proc does not tell.
-  std::vector<ListeningSocket> listeners() const;
+  std::vector<ListeningSocket> listeners() const {
+    SocketOwners owners;
+    std::vector<ListeningSocket> found;
+    if (!started()) { return found; }
+    for_each_member(pid_, [&](pid_t pid) { find_sockets(pid, owners); });
+    // Our own network's tables: what is in another cannot be connected to.
+    read_listeners("/proc/self/net/tcp", owners, found);
+    read_listeners("/proc/self/net/tcp6", owners, found);
+    return found;
+  }
 
 private:
-  struct Launch;
-  struct Failure {
-    int error = 0; // 0: none
-    bool at_directory = false;
-  };
+  void launch(const Program &program, const std::string &port,
+              const std::function<void()> &check) {
+    std::vector<std::string> arguments{program.argv0};
+    for (auto argument : config_.args) {
+      replace_all(argument, "{port}", port);
+      arguments.push_back(argument);
+    }
+    auto environment = environment_for(config_, program.directory, port);
+    const auto argv = pointers_to(arguments), envp = pointers_to(environment);
+    while (const int error = spawn(program, argv.data(), envp.data())) {
+      if (error != ETXTBSY) {
+        fail_start(concat(printable(program.path), ": ",
+                          explain_file(program.path, error)));
+      }
+      check(); // its file is still being written
+      ::poll(nullptr, 0, 20);
+    }
+  }
 
-  void launch(const Program &program, int port,
-              const std::function<void()> &check);
-  Failure spawn(Launch launch);
-  [[noreturn]] static void become_target(const Launch &launch);
-  bool ended();
-  bool group_ended() const;
-  void end_politely(SteadyClock::time_point deadline);
-  void kill_group();
-  void terminate_rest();
-  template <typename F> void wait(SteadyClock::time_point until, F condition);
+  // Returns the error; 0: the program runs.
+  int spawn(const Program &program, char *const *argv, char *const *envp) {
+    Descriptor reading, writing;
+    if (!make_pipe(reading, writing)) { return errno; }
+    const pid_t self = ::getpid();
+    sigset_t all, before; // no signal handler of ours may run in the child
+    ::sigfillset(&all);
+    ::pthread_sigmask(SIG_SETMASK, &all, &before);
+    const pid_t pid = ::vfork();
+    if (pid == 0) { become_target(program, argv, envp, writing.get(), self); }
+    int error = pid < 0 ? errno : 0;
+    ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    if (pid < 0) { return error; }
+    pid_ = pid;
+    writing.reset();
+    // Ready already, unless another thread has just forked a child that holds
+    // the writing end.
+    pollfd fd{reading.get(), POLLIN, 0};
+    if (::poll(&fd, 1, 1000) > 0 &&
+        ::read(reading.get(), &error, sizeof(error)) > 0) {
+      while (::waitpid(pid, nullptr, 0) < 0 && errno == EINTR) {}
+      watchdog_.watch(0);
+      pid_ = 0;
+    } else {
+      pidfd_.reset(open_pidfd(pid));
+    }
+    return error;
+  }
+
+  // Runs in the child, in our memory: between vfork(2) and execve(2) it may
+  // neither allocate nor lock. `report` takes an errno, or is closed by
+  // execve(2).
+  [[noreturn]] void become_target(const Program &program, char *const *argv,
+                                  char *const *envp, int report, pid_t parent) {
+    ::setpgid(0, 0);
+    pid_ = ::getpid(); // before it can end: as PID 1 we reap what is not owned
+#ifdef __linux__
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (::getppid() != parent) { ::_exit(127); } // we died just before
+#else
+    static_cast<void>(parent);
+#endif
+    watchdog_.watch(pid_);
+    for (int number = 1; number < NSIG; ++number) { // httplib ignores SIGPIPE
+      ::signal(number, SIG_IGN);                    // what is pending is for us
+      ::signal(number, SIG_DFL);
+    }
+    sigset_t none;
+    ::sigemptyset(&none);
+    ::sigprocmask(SIG_SETMASK, &none, nullptr);
+    ::close(0); // now the next one is 0, and there is room for it
+    ::open("/dev/null", O_RDONLY);
+    close_from_on_exec(3);
+    ::setrlimit(RLIMIT_NOFILE, &files_);
+    if (::chdir(program.directory.c_str()) == 0) {
+      ::execve(program.file().c_str(), argv, envp);
+    }
+    const int error = errno;
+    if (::write(report, &error, sizeof(error)) < 0) {}
+    ::_exit(127);
+  }
+
+  // Whether the target and all of its process group have ended.
+  bool ended() {
+    if (!exited()) { return false; }
+    // Where we are the first process of a container, its orphans are ours.
+    while (::waitpid(-pid_, nullptr, WNOHANG) > 0) {}
+    if (::kill(-pid_, 0) != 0) { return errno == ESRCH; }
+    // Zombies count for kill(2), and the first process of many a container
+    // never reaps its orphans.
+    bool alive = false;
+    return for_each_member(pid_, [&](pid_t) { alive = true; }) && !alive;
+  }
+
+  template <typename F> void wait(SteadyClock::time_point until, F condition) {
+    while (!condition() && SteadyClock::now() < until) {
+      pollfd fd{exit_fd(), POLLIN, 0};
+      ::poll(&fd, 1, 5);
+    }
+  }
+
+  // SIGTERM goes to the target alone at first: launchers (npm, cross-env) pass
+  // it on, and a second one ends a polite server at once. But a plain shell
+  // just dies of it, and nobody tells its child.
+  void end_politely(SteadyClock::time_point deadline) {
+    const auto part_of_rest = [&](int divisor) {
+      const auto now = SteadyClock::now();
+      return now + (deadline - now) / divisor;
+    };
+    if (!exited()) {
+      ::kill(pid_, SIGTERM);
+      wait(part_of_rest(2), [&] { return exited(); });
+      if (exited()) {
+        wait(part_of_rest(10), [&] { return ended(); });
+      }
+    }
+    if (ended()) { return; }
+    const bool listed = for_each_member(pid_, [&](pid_t pid) {
+      if (pid != pid_) { ::kill(pid, SIGTERM); }
+    });
+    if (!listed) { ::kill(-pid_, SIGTERM); }
+    wait(deadline, [&] { return ended(); });
+  }
+
+  void kill_group() {
+    const bool permitted = ::kill(-pid_, SIGKILL) == 0 || errno != EPERM;
+    // The kernel needs a moment, and so does init, to reap them.
+    wait(SteadyClock::now() + seconds(permitted ? 1 : 0),
+         [&] { return ended(); });
+    if (ended()) { return; }
+    log_(concat("target (pid ", decimal(pid()), ") cannot be ended: ",
+                permitted ? "some of its processes survive SIGKILL"
+                          : error_text(EPERM),
+                "; it is left running"));
+  }
 
   const Config &config_;
   const Log &log_;
-  Descriptor null_;
   rlimit files_{}; // as we were given it: serve() takes more for itself
   Watchdog watchdog_;
   std::atomic<pid_t> pid_{0};
@@ -4008,262 +3955,10 @@ private:
   std::string exit_text_; // empty: it has not exited
 };
 
-inline Process::Process(const Config &config, const Log &log)
-    : config_(config), log_(log),
-      null_(::open("/dev/null", O_RDONLY | O_CLOEXEC)) {
-  if (!null_) {
-    throw std::system_error(errno, std::generic_category(), "/dev/null");
-  }
-  ::getrlimit(RLIMIT_NOFILE, &files_);
-}
-
-inline std::string Process::start(int port,
-                                  const std::function<bool()> &cancelled,
-                                  Time deadline) {
-  const std::function<void()> check = [&] {
-    if (cancelled()) { fail_start("the start was cancelled"); }
-    if (RunningClock::now() >= deadline) {
-      fail_start("the time was over; see WARMPROXY_STARTUP_TIMEOUT");
-    }
-  };
-  exit_text_.clear();
-  try {
-    auto program = prepare_program(config_, log_, check);
-    launch(program, port, check);
-  } catch (const std::filesystem::filesystem_error &error) {
-    return concat(printable(error.path1()), ": ", error.code().message());
-  } catch (const std::exception &error) { return error.what(); }
-  return {};
-}
-
-// All that the child needs, made before it: between vfork(2) and execve(2) it
-// runs in our memory, where it may neither allocate nor lock.
-struct Process::Launch {
-  const char *file;
-  char *const *arguments;
-  char *const *environment;
-  const char *directory;
-  int null;
-  int watchdog;
-  int report; // takes a Failure; closed by execve(2)
-  pid_t parent;
-  std::atomic<pid_t> *pid;
-  rlimit files;
-};
-
-inline void Process::launch(const Program &program, int port,
-                            const std::function<void()> &check) {
-  const auto number = decimal(port);
-  std::vector<std::string> arguments(config_.args);
-  for (auto &argument : arguments) {
-    replace_all(argument, "{port}", number);
-  }
-  arguments.insert(arguments.begin(), program.argv0);
-  auto environment = environment_for(config_, program.directory, number);
-  const auto argv = pointers_to(arguments), envp = pointers_to(environment);
-  Launch launch{program.file().c_str(),
-                argv.data(),
-                envp.data(),
-                program.directory.c_str(),
-                null_.get(),
-                watchdog_.pipe(),
-                -1,
-                ::getpid(),
-                &pid_,
-                files_};
-  for (auto failure = spawn(launch); failure.error; failure = spawn(launch)) {
-    if (failure.at_directory) {
-      fail_start_at(concat("directory ", program.directory), failure.error);
-    }
-    if (failure.error != ETXTBSY) {
-      const auto reason = explain_file(program.path, failure.error, 0);
-      fail_start(concat(printable(program.path), ": ",
-                        reason.empty() ? error_text(failure.error) : reason));
-    }
-    check(); // its file is still being written
-    ::poll(nullptr, 0, 20);
-  }
-}
-
-inline Process::Failure Process::spawn(Launch launch) {
-  Descriptor reading, writing;
-  if (!make_pipe(reading, writing)) { return {errno}; }
-  launch.report = writing.get();
-  // No signal handler of ours may run in the child.
-  sigset_t all, before;
-  ::sigfillset(&all);
-  ::pthread_sigmask(SIG_SETMASK, &all, &before);
-  const pid_t pid = ::vfork();
-  if (pid == 0) { become_target(launch); }
-  Failure failure{pid < 0 ? errno : 0};
-  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  if (pid < 0) { return failure; }
-  pid_ = pid;
-  writing.reset();
-  // Ready already, unless another thread has just forked a child that holds the
-  // writing end.
-  pollfd fd{reading.get(), POLLIN, 0};
-  if (::poll(&fd, 1, 1000) > 0 &&
-      ::read(reading.get(), &failure, sizeof(failure)) > 0) {
-    while (::waitpid(pid, nullptr, 0) < 0 && errno == EINTR) {}
-    watchdog_.watch(0);
-    pid_ = 0;
-  } else {
-    pidfd_.reset(open_pidfd(pid));
-  }
-  return failure;
-}
-
-inline void Process::become_target(const Launch &launch) {
-  ::setpgid(0, 0);
-  const pid_t self = ::getpid();
-  *launch.pid = self; // before it can end: as PID 1 we reap what is not owned
-#ifdef __linux__
-  ::prctl(PR_SET_PDEATHSIG, SIGKILL);
-  if (::getppid() != launch.parent) { ::_exit(127); } // we died just before
-#endif
-  if (::write(launch.watchdog, &self, sizeof(self)) < 0) {}
-  for (int number = 1; number < NSIG; ++number) { // httplib ignores SIGPIPE
-    ::signal(number, SIG_IGN);                    // what is pending is for us
-    ::signal(number, SIG_DFL);
-  }
-  sigset_t none;
-  ::sigemptyset(&none);
-  ::sigprocmask(SIG_SETMASK, &none, nullptr);
-  if (::dup2(launch.null, 0) == launch.null) { ::fcntl(0, F_SETFD, 0); }
-  close_from_on_exec(3);
-  ::setrlimit(RLIMIT_NOFILE, &launch.files);
-  Failure failure;
-  failure.at_directory = ::chdir(launch.directory) != 0;
-  if (!failure.at_directory) {
-    ::execve(launch.file, launch.arguments, launch.environment);
-  }
-  failure.error = errno;
-  if (::write(launch.report, &failure, sizeof(failure)) < 0) {}
-  ::_exit(127);
-}
-
-inline bool Process::exited() {
-  if (!started()) { return false; }
-  if (!exit_text_.empty()) { return true; }
-  int status = 0;
-  const auto ended = ::waitpid(pid_, &status, WNOHANG);
-  if (ended == 0 || (ended < 0 && errno == EINTR)) { return false; }
-  if (ended < 0) { // the program we are in ignores SIGCHLD, or has reaped it
-    exit_text_ = "ended";
-  } else if (WIFSIGNALED(status)) {
-    exit_text_ = concat("was killed by signal ", decimal(WTERMSIG(status)));
-  } else {
-    exit_text_ = concat("exited with status ", decimal(WEXITSTATUS(status)));
-  }
-  pidfd_.reset();
-  return true;
-}
-
-inline std::string Process::exit_hint() const {
-  if (ends_with(exit_text_, " status 0")) {
-    return " (it must stay in the foreground: a program that puts itself in "
-           "the "
-           "background cannot be watched)";
-  }
-  if (ends_with(exit_text_, " status 127")) {
-    return " (a command that it runs was not found)";
-  }
-  return {};
-}
-
-// Only to be asked when the target itself has been reaped.
-inline bool Process::group_ended() const {
-  // Where we are the first process of a container, its orphans are ours.
-  while (::waitpid(-pid_, nullptr, WNOHANG) > 0) {}
-  if (::kill(-pid_, 0) != 0) { return errno == ESRCH; }
-  // Zombies count for kill(2), and the first process of many a container never
-  // reaps its orphans.
-  bool alive = false;
-  return for_each_member(pid_, [&](pid_t) { alive = true; }) && !alive;
-}
-
-inline bool Process::ended() { return exited() && group_ended(); }
-
-template <typename F>
-void Process::wait(SteadyClock::time_point until, F condition) {
-  milliseconds pause{1};
-  while (!condition() && SteadyClock::now() < until) {
-    pollfd fd{exit_fd(), POLLIN, 0};
-    const auto next = SteadyClock::now() + pause;
-    wait_for(&fd, 1, fd.fd < 0 ? std::min(until, next) : until);
-    pause = std::min(pause * 2, milliseconds(10));
-  }
-}
-
-inline void Process::stop(SteadyClock::time_point deadline) {
-  if (!started()) { return; }
-  end_politely(deadline);
-  if (!ended()) { kill_group(); }
-  if (exit_text_.empty()) { exit_text_ = "could not be ended"; }
-  watchdog_.watch(0);
-  pidfd_.reset();
-  pid_ = 0;
-}
-
-// SIGTERM goes to the target alone at first: launchers (npm, cross-env) pass it
-// on, and a second one ends a polite server at once. But a plain shell just
-// dies of it, and nobody tells its child.
-inline void Process::end_politely(SteadyClock::time_point deadline) {
-  if (!exited()) {
-    const auto now = SteadyClock::now();
-    const auto half = now + (deadline - now) / 2;
-    ::kill(pid_, SIGTERM);
-    wait(half, [&] { return exited(); });
-    if (exited()) {
-      const auto left = deadline - SteadyClock::now();
-      wait(std::min(half, SteadyClock::now() + left / 10),
-           [&] { return ended(); });
-    }
-  }
-  if (!ended()) { terminate_rest(); }
-  wait(deadline, [&] { return ended(); });
-}
-
-inline void Process::terminate_rest() {
-  const bool listed = for_each_member(pid_, [&](pid_t pid) {
-    if (pid != pid_) { ::kill(pid, SIGTERM); }
-  });
-  if (!listed) { ::kill(-pid_, SIGTERM); }
-}
-
-inline void Process::kill_group() {
-  ::kill(-pid_, SIGKILL);
-  const bool permitted =
-      exited() || ::kill(pid_, SIGKILL) == 0 || errno != EPERM;
-  // The kernel needs a moment, and so does init, to reap them.
-  wait(SteadyClock::now() + seconds(permitted ? 1 : 0),
-       [&] { return ended(); });
-  if (!ended()) {
-    log_(concat("target (pid ", decimal(pid()), ") cannot be ended: ",
-                permitted ? "some of its processes survive SIGKILL"
-                          : error_text(EPERM),
-                "; it is left running"));
-  }
-}
-
-inline std::vector<ListeningSocket> Process::listeners() const {
-  SocketOwners owners;
-  std::vector<ListeningSocket> found;
-  if (!started()) { return found; }
-  for_each_member(pid_, [&](pid_t pid) { find_sockets(pid, owners); });
-  if (owners.empty()) { return found; }
-  // Our own network's tables: what is in another cannot be connected to.
-  read_listeners("/proc/self/net/tcp", owners, found);
-  read_listeners("/proc/self/net/tcp6", owners, found);
-  return found;
-}
 // "45" or "0.3", for texts that name a setting.
 inline std::string plain_seconds(milliseconds time) {
   auto text = in_seconds(time);
-  while (ends_with(text, "0")) {
-    text.pop_back();
-  }
+  text.erase(text.find_last_not_of('0') + 1);
   if (ends_with(text, ".")) { text.pop_back(); }
   return text;
 }

@@ -153,6 +153,12 @@ std::string output(const std::string &script) {
   return output([](Config &) {}, script);
 }
 
+// The absolute path of a program; "" if it is seen that it cannot be executed.
+std::string find_binary(const std::string &name) {
+  return explain_unrunnable(name).empty() ? absolute_path(find_place(name))
+                                          : "";
+}
+
 struct Variable {
   Variable(const char *variable, const char *value) : name(variable) {
     if (const char *old = getenv(name)) { before = old; }
@@ -565,21 +571,14 @@ TEST_CASE("exec errors: each is explained") {
         x + "its interpreter /usr/bin/nonsuch does not exist");
   CHECK(contains(explain("#!/bin/sh\r\nexit\r\n"), "carriage return"));
   CHECK(contains(explain("#!/usr/bin/env node\r\n"), "carriage return"));
-  CHECK(explain("#!/tmp\n") ==
-        x + "its interpreter /tmp: a directory, not a program");
-  site.write_program("nested", "#!/nonsuch\n");
-  CHECK(explain("#!" + site.app + "/nested\n") ==
-        x + "its interpreter " + site.app +
-            "/nested: its interpreter /nonsuch does not exist");
-  CHECK(explain_unrunnable(site.app) ==
-        site.app + ": a directory, not a program");
+  CHECK(explain_unrunnable(site.app) == site.app + ": not a regular file");
   chmod((site.app + "/x").c_str(), 0644);
   CHECK(contains(explain_unrunnable(site.app + "/x"), "not executable"));
   symlink("nowhere", (site.app + "/link").c_str());
-  CHECK(contains(explain_unrunnable(site.app + "/link"),
-                 "a link to a file that does not exist"));
+  CHECK(explain_unrunnable(site.app + "/link") ==
+        site.app + "/link: No such file or directory");
   CHECK(explain_unrunnable("/nonsuch/x") == "/nonsuch/x: no such file");
-  CHECK(contains(explain_unrunnable("./nonsuch"), "beside this executable"));
+  CHECK(explain_unrunnable("./nonsuch") == "./nonsuch: no such file");
   CHECK(explain_unrunnable("nonsuch-x") == "nonsuch-x: not found on PATH");
 }
 
@@ -599,10 +598,7 @@ TEST_CASE("exec errors: what execve(2) refuses") {
     return error;
   };
   CHECK(contains(start("exit 0\n"), "a script without a #! line"));
-  CHECK(contains(start(""), "it is empty"));
-  CHECK(contains(start("MZ\x90"), "a Windows program"));
-  CHECK(contains(start("\xcf\xfa\xed\xfe"), "a macOS program"));
-  CHECK(contains(start("\x01\x02\x03"), "no program for this system"));
+  CHECK(contains(start("MZ\x01"), "another system or processor"));
   CHECK(contains(start("#!/nonsuch\n"), "/nonsuch does not exist"));
 
   auto elf = read_file("/proc/self/exe");
@@ -611,13 +607,12 @@ TEST_CASE("exec errors: what execve(2) refuses") {
   elf.replace(18, 2,
               machine == std::string("\xb7\0", 2) ? std::string("\x3e\0", 2)
                                                   : std::string("\xb7\0", 2));
-  CHECK(contains(start(elf), "it is built for "));
+  CHECK(contains(start(elf), "another system or processor"));
   elf.replace(18, 2, machine);
   const auto linker = elf.find("/lib", 64);
   REQUIRE(linker != std::string::npos);
   elf.replace(linker, 4, "/nix");
   CHECK(contains(start(elf), "its dynamic linker /nix"));
-  CHECK(contains(explain_unrunnable(site.app + "/x"), "does not exist"));
 
   site.config.directory = site.app + "/nonsuch";
   CHECK(start("#!/bin/sh\n") ==
@@ -697,7 +692,7 @@ TEST_CASE("child: argv[0] names the file as seen from its directory") {
   CHECK(argv0("venv/bin/python", site.app, site.scratch) == "venv/bin/python");
 
   const Variable path("PATH", "venv/bin");
-  CHECK(argv0("python", "") == "./venv/bin/python");
+  CHECK(argv0("python", "") == "python");
   const Variable absolute("PATH", (site.app + "/venv/bin").c_str());
   CHECK(argv0("python", other) == "python");
   CHECK(argv0("python", site.app, site.scratch) == "./venv/bin/python");
@@ -751,8 +746,6 @@ TEST_CASE("child: PWD is the working directory") {
   CHECK(pwd(directory / "real") == "PWD=" + directory / "real\n");
   CHECK(pwd(directory / "link") == "PWD=" + directory / "real\n");
   CHECK(pwd("") == "PWD=" + std::filesystem::current_path().string() + "\n");
-  const Variable by_link("PWD", (directory / "link").c_str());
-  CHECK(pwd(directory / "real") == "PWD=" + directory / "link\n");
 }
 
 TEST_CASE("child: its descriptors and signals") {
@@ -947,11 +940,10 @@ TEST_CASE("listeners: which of them can be reached" *
     CHECK(found[0].reachable == c.reachable);
     CHECK(found[0].ipv6 == c.ipv6);
   }
-  CHECK(address_from_hex("0100007F").text() == "127.0.0.1");
-  CHECK(address_from_hex("00000000000000000000000001000000").text() == "::1");
-  CHECK(address_from_hex("00000000000000000000000000000000").text() == "::");
-  CHECK(address_from_hex("0000000000000000FFFF00000100007F").text() ==
-        "127.0.0.1");
+  CHECK(address_from_hex("0100007F") == "127.0.0.1");
+  CHECK(address_from_hex("00000000000000000000000001000000") == "::1");
+  CHECK(address_from_hex("00000000000000000000000000000000") == "::");
+  CHECK(address_from_hex("0000000000000000FFFF00000100007F") == "127.0.0.1");
 }
 
 // ---- The watchdog

@@ -171,7 +171,7 @@ TEST_CASE("start errors: the program cannot be executed") {
   chmod(program.c_str(), 0755);
   warmproxy::Options options;
   options.binary = program;
-  std::string reason = "no program for this system";
+  std::string reason = "another system or processor";
   SUBCASE("for its format") {}
   SUBCASE("for its interpreter") {
     write_file(program, "#!/not/there\n");
