@@ -58,7 +58,6 @@
 #endif
 
 #include <arpa/inet.h>
-#include <dirent.h>
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -3081,6 +3080,10 @@ inline Time UpstreamPool::deadline() const {
   fail_start(concat(printable(path), ": ", error_text(error)));
 }
 
+inline Descriptor open_file(const std::string &path, int flags) {
+  return Descriptor(::open(path.c_str(), flags | O_CLOEXEC, 0600));
+}
+
 // Where Options::binary may be, in this order.
 inline std::vector<std::string> program_places(const std::string &name) {
   if (contains(name, "/")) {
@@ -3106,10 +3109,8 @@ inline std::string find_place(const std::string &name) {
   std::string found;
   for (const auto &place : program_places(name)) {
     std::error_code error;
-    if (fs::is_regular_file(place, error) &&
-        ::access(place.c_str(), X_OK) == 0) {
-      return place;
-    }
+    const bool executable = ::access(place.c_str(), X_OK) == 0;
+    if (executable && fs::is_regular_file(place, error)) { return place; }
     const auto type = fs::symlink_status(place, error).type();
     if (found.empty() && type != fs::file_type::not_found) { found = place; }
   }
@@ -3129,7 +3130,7 @@ inline std::string absolute_path(const std::filesystem::path &place) {
 
 inline std::string read_start(const std::string &path) {
   std::string bytes(4096, '\0');
-  const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  const auto file = open_file(path, O_RDONLY);
   const auto n = file ? ::read(file.get(), bytes.data(), bytes.size()) : 0;
   bytes.resize(n > 0 ? static_cast<std::size_t>(n) : 0);
   return bytes;
@@ -3140,8 +3141,7 @@ inline std::string explain_script(const std::string &file) {
   const std::string interpreter(line.substr(0, line.find_first_of(" \t")));
   if (ends_with(interpreter, "\r") ||
       (ends_with(interpreter, "/env") && ends_with(line, "\r"))) {
-    return "its first line ends with a carriage return (save it with Unix line "
-           "ends)";
+    return "its first line ends with a carriage return (Windows line ends)";
   }
   const bool is_missing =
       starts_with(interpreter, "/") && ::access(interpreter.c_str(), F_OK) != 0;
@@ -3157,8 +3157,7 @@ inline std::string explain_linker(const std::string &file) {
   if (at == std::string::npos) { return {}; }
   const std::string linker = file.c_str() + file.rfind('\0', at) + 1;
   return concat("its dynamic linker ", printable(linker),
-                " does not exist (it was built for another C library; a "
-                "statically linked program runs anywhere)");
+                " does not exist (it was built for another C library)");
 }
 
 // Why the file cannot be executed, as far as it can be seen; "" if nothing is
@@ -3222,20 +3221,6 @@ inline std::string path_within(const std::string &folder,
   return starts_with(path, prefix) ? path.substr(prefix.size()) : "";
 }
 
-// Makes `path` and its parents, accessible to us alone.
-inline void make_private_folders(const std::filesystem::path &path) {
-  std::filesystem::path folder;
-  for (const auto &part : path) {
-    folder /= part;
-    if (::mkdir(folder.c_str(), 0700) == 0) { continue; }
-    const int reason = errno;
-    std::error_code error;
-    if (!std::filesystem::is_directory(folder, error)) {
-      fail_start_at(folder, reason);
-    }
-  }
-}
-
 // One copy of a directory for each release of it, in `scratch/<fingerprint>`.
 // It is made under another name and renamed when it is complete, so there are
 // no half copies, nothing is overwritten, and an older or newer release is just
@@ -3246,20 +3231,23 @@ public:
   ScratchCopy(std::string source, const std::string &scratch, const Log &log,
               const std::function<void()> &check)
       : source_(std::move(source)), log_(log), check_(check) {
-    make_private_folders(std::filesystem::absolute(scratch));
-    scratch_ = std::filesystem::canonical(scratch);
-    struct stat status = {};
-    if (::stat(scratch_.c_str(), &status) != 0) {
-      fail_start_at(scratch_, errno);
+    const auto path = std::filesystem::absolute(scratch);
+    auto folder = path.root_path();
+    for (const auto &part : path.relative_path()) {
+      folder /= part;
+      if (::mkdir(folder.c_str(), 0700) != 0 && errno != EEXIST) {
+        fail_start_at(folder, errno);
+      }
     }
-    if (status.st_uid != ::geteuid() && status.st_uid != 0) {
-      fail_start(concat(scratch_, ": belongs to another user (uid ",
-                        decimal(status.st_uid),
-                        "), who could replace the program"));
+    scratch_ = std::filesystem::canonical(path);
+    // Others could replace the program.
+    struct stat status = {};
+    if (::stat(scratch_.c_str(), &status) != 0 ||
+        (status.st_uid != ::geteuid() && status.st_uid != 0)) {
+      fail_start(concat(scratch_, ": belongs to another user"));
     }
     if ((status.st_mode & S_IWOTH) && !(status.st_mode & S_ISVTX)) {
-      fail_start(concat(scratch_, ": any user may write to it, and could "
-                                  "replace the program"));
+      fail_start(concat(scratch_, ": any user may write to it"));
     }
     if (scratch_ == source_) {
       fail_start(concat(scratch_, ": is the directory that is to be copied"));
@@ -3279,16 +3267,13 @@ public:
     }
     const auto copy = concat(scratch_, "/", fingerprint());
     if (exists(copy)) { return copy; }
-    const auto began = SteadyClock::now();
     make_unfinished();
     copy_all();
-    if (::rename(unfinished_.c_str(), copy.c_str()) != 0) {
-      const int error = errno;
-      if (exists(copy)) { return copy; } // another process was faster
-      fail_start_at(copy, error);
-    }
-    log_(concat("copied ", source_, " to ", copy, " in ",
-                in_seconds(SteadyClock::now() - began), " s"));
+    const bool renamed = ::rename(unfinished_.c_str(), copy.c_str()) == 0;
+    const int error = errno;
+    // Another process may have been faster.
+    if (!renamed && !exists(copy)) { fail_start_at(copy, error); }
+    log_(concat("copied ", source_, " to ", copy));
     return copy;
   }
 
@@ -3310,10 +3295,7 @@ private:
       Entry entry;
       entry.path = concat(folder, name);
       const auto from = concat(path, name);
-      if (::lstat(from.c_str(), &entry.status) != 0) {
-        skip(from, errno);
-        continue;
-      }
+      if (::lstat(from.c_str(), &entry.status) != 0) { skip(from, errno); }
       const auto mode = entry.status.st_mode;
       if (S_ISLNK(mode)) { entry.link = std::filesystem::read_symlink(from); }
       // Sockets and the like belong to a process, not to a release.
@@ -3361,26 +3343,21 @@ private:
     struct stat status = {};
     if (::lstat(copy.c_str(), &status) != 0) { return false; }
     if (!S_ISDIR(status.st_mode) || status.st_uid != ::geteuid()) {
-      fail_start(concat(copy, ": not a folder of ours (uid ",
-                        decimal(status.st_uid),
-                        "), though it has the name of a scratch copy; remove "
-                        "it"));
+      fail_start(concat(copy, ": not a folder of ours; remove it"));
     }
     return true;
-  }
-
-  static Descriptor open_folder(const std::string &path) {
-    return Descriptor(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   }
 
   // Makes the folder for the copy under way. Its lock tells others that we are
   // alive; until it has one, the lock on `scratch` keeps them away.
   void make_unfinished() {
-    const auto scratch = open_folder(scratch_);
+    const auto scratch = open_file(scratch_, O_RDONLY | O_DIRECTORY);
     ::flock(scratch.get(), LOCK_EX);
     tidy_up();
     unfinished_ = concat(scratch_, "/.unfinished-XXXXXX");
-    if (::mkdtemp(unfinished_.data())) { lock_ = open_folder(unfinished_); }
+    if (::mkdtemp(unfinished_.data())) {
+      lock_ = open_file(unfinished_, O_RDONLY | O_DIRECTORY);
+    }
     if (!lock_) { fail_start_at(unfinished_, errno); }
     ::flock(lock_.get(), LOCK_EX);
   }
@@ -3392,7 +3369,7 @@ private:
     for (const auto &name : names_in(scratch_, ignored)) {
       const auto path = concat(scratch_, "/", name);
       if (starts_with(name, ".unfinished-")) {
-        const auto folder = open_folder(path);
+        const auto folder = open_file(path, O_RDONLY | O_DIRECTORY);
         if (::flock(folder.get(), LOCK_EX | LOCK_NB) != 0) { continue; }
         std::filesystem::remove_all(path, ignored);
         log_(concat("removed the unfinished scratch copy ", path));
@@ -3419,7 +3396,7 @@ private:
     // write, or the copy of a read-only release (Nix) would be read-only, too.
     for (const auto &[path, status, link] : entries_) {
       const auto to = concat(unfinished_, "/", path);
-      const auto owner = S_ISDIR(status.st_mode) ? S_IRWXU : S_IWUSR;
+      const mode_t owner = S_ISDIR(status.st_mode) ? S_IRWXU : S_IWUSR;
       if (!S_ISLNK(status.st_mode)) {
         ::chmod(to.c_str(), (status.st_mode & 07777) | owner);
       }
@@ -3429,21 +3406,18 @@ private:
   }
 
   void copy_file(const std::string &from, const std::string &to) const {
-    const Descriptor reading(
-        ::open(from.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
+    const auto reading = open_file(from, O_RDONLY | O_NOFOLLOW | O_NONBLOCK);
     if (!reading) { return skip(from, errno); }
-    Descriptor writing(
-        ::open(to.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
+    auto writing = open_file(to, O_WRONLY | O_CREAT | O_EXCL);
     if (!writing) { fail_start_at(to, errno); }
     std::array<char, 65536> bytes;
     while (const auto n = ::read(reading.get(), bytes.data(), bytes.size())) {
       check_();
       if (n < 0) { fail_start_at(from, errno); }
-      for (ssize_t written = 0; written < n;) {
-        const auto m = ::write(writing.get(), bytes.data() + written,
-                               static_cast<std::size_t>(n - written));
-        if (m < 0) { fail_start_at(to, errno); }
-        written += m;
+      errno = ENOSPC; // what a partial write means
+      if (::write(writing.get(), bytes.data(), static_cast<std::size_t>(n)) !=
+          n) {
+        fail_start_at(to, errno);
       }
     }
     if (::close(writing.release()) != 0) { fail_start_at(to, errno); }
@@ -3530,37 +3504,22 @@ inline bool is_inherited(std::string_view name) {
          !starts_with(name, "WARMPROXY_");
 }
 
-inline std::vector<std::string> environment_for(const Config &config,
-                                                const std::string &directory,
-                                                const std::string &port) {
+// Each as "NAME=value", by its name.
+inline std::map<std::string, std::string>
+environment_for(const Config &config, const std::string &directory,
+                const std::string &port) {
   std::map<std::string, std::string> variables;
   for (auto variable = environ; variable && *variable; ++variable) {
-    const std::string_view text = *variable;
-    const auto name = until(text, '=');
-    if (name.size() < text.size() && is_inherited(name)) {
-      variables[std::string(name)] = text.substr(name.size() + 1);
-    }
+    const std::string name(until(*variable, '='));
+    if (is_inherited(name)) { variables[name] = *variable; }
   }
-  variables["PORT"] = port;
-  variables["PWD"] = directory;
+  variables["PORT"] = concat("PORT=", port);
+  variables["PWD"] = concat("PWD=", directory);
   for (auto [name, value] : config.env) {
     replace_all(value, "{port}", port);
-    variables[name] = value;
+    variables[name] = concat(name, "=", value);
   }
-  std::vector<std::string> environment;
-  for (const auto &[name, value] : variables) {
-    environment.push_back(concat(name, "=", value));
-  }
-  return environment;
-}
-
-inline std::vector<char *> pointers_to(std::vector<std::string> &texts) {
-  std::vector<char *> pointers;
-  for (auto &text : texts) {
-    pointers.push_back(text.data());
-  }
-  pointers.push_back(nullptr);
-  return pointers;
+  return variables;
 }
 
 // ---- Process: the watchdog
@@ -3579,20 +3538,17 @@ inline int open_pidfd(pid_t pid) {
 class Watchdog {
 public:
   Watchdog() {
-    Descriptor reading;
-    if (!make_pipe(reading, writing_)) {
-      throw std::system_error(errno, std::generic_category(), "pipe");
-    }
     const Descriptor self(open_pidfd(::getpid()));
+    Descriptor reading;
     sigset_t all, before;
     ::sigfillset(&all);
     ::pthread_sigmask(SIG_SETMASK, &all, &before);
-    pid_ = ::fork();
+    pid_ = make_pipe(reading, writing_) ? ::fork() : -1;
     if (pid_ == 0) { run(reading.get(), self.get()); }
-    const int error = errno;
     ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
     if (pid_ < 0) {
-      throw std::system_error(error, std::generic_category(), "fork");
+      throw std::system_error(errno, std::generic_category(),
+                              "watchdog process");
     }
   }
   ~Watchdog() {
@@ -3614,15 +3570,14 @@ private:
     ::dup2(pipe, 0);
     parent = ::dup2(parent, 1);
     close_from(parent < 0 ? 1 : 2);
-    pid_t group = 0, next = 0;
-    for (;;) {
+    pid_t group = 0;
+    while (group >= 0) {
       pollfd fds[] = {{0, POLLIN, 0}, {parent, POLLIN, 0}};
       if (::poll(fds, 2, -1) < 0) { continue; }
-      if (!fds[0].revents || ::read(0, &next, sizeof(next)) != sizeof(next)) {
+      if (!fds[0].revents ||
+          ::read(0, &group, sizeof(group)) != sizeof(group)) {
         break;
       }
-      if (next < 0) { ::_exit(0); }
-      group = next;
     }
     if (group > 0) { ::kill(-group, SIGKILL); }
     ::_exit(0);
@@ -3663,61 +3618,66 @@ struct ListeningSocket {
   std::string program; // the name of a process that has it
 };
 
-// The name of the program by what a descriptor of its leads to, "socket:[123]".
-using SocketOwners = std::map<std::string, std::string>;
-
-inline void find_sockets(pid_t pid, SocketOwners &owners) {
-  const auto process = concat("/proc/", decimal(pid));
-  const auto name =
-      printable(std::string(until(read_start(process + "/comm"), '\n')));
-  std::error_code error;
-  for (const auto &fd : names_in(process + "/fd", error)) {
-    const auto path = concat(process, "/fd/", fd);
-    owners.emplace(std::filesystem::read_symlink(path, error), name);
-  }
-}
-
 // An address of /proc/net/tcp: hexadecimal words in the machine's byte order.
 inline std::string address_from_hex(const std::string &hex) {
+  std::array<unsigned, 4> words{};
+  std::sscanf(hex.c_str(), "%8x%8x%8x%8x", &words[0], &words[1], &words[2],
+              &words[3]);
   SocketAddress address(Endpoint{hex.size() > 8, 0});
-  void *bytes = &reinterpret_cast<sockaddr_in &>(address.storage).sin_addr;
-  if (hex.size() > 8) {
-    bytes = &reinterpret_cast<sockaddr_in6 &>(address.storage).sin6_addr;
-  }
-  std::array<std::uint32_t, 4> words{};
-  for (std::size_t i = 0; i < hex.size() / 8; ++i) {
-    words[i] = static_cast<std::uint32_t>(
-        std::stoul(hex.substr(i * 8, 8), nullptr, 16));
-  }
-  std::memcpy(bytes, words.data(), hex.size() / 2);
+  const auto at = hex.size() > 8 ? offsetof(sockaddr_in6, sin6_addr)
+                                 : offsetof(sockaddr_in, sin_addr);
+  std::memcpy(reinterpret_cast<char *>(&address.storage) + at, words.data(),
+              hex.size() / 2);
   return address.text();
 }
 
-// Appends those of the sockets that listen.
-inline void read_listeners(const char *table, const SocketOwners &owners,
-                           std::vector<ListeningSocket> &found) {
-  const std::unique_ptr<std::FILE, int (*)(std::FILE *)> file(
-      std::fopen(table, "re"), std::fclose);
-  char line[512];
-  while (file && std::fgets(line, sizeof(line), file.get())) {
-    char local[33] = "";
-    unsigned port = 0, state = 0;
-    unsigned long inode = 0;
-    if (std::sscanf(line,
-                    " %*d: %32[0-9A-F]:%x %*[0-9A-F]:%*x %x %*x:%*x %*x:%*x "
-                    "%*x %*u %*u %lu",
-                    local, &port, &state, &inode) != 4 ||
-        state != 0x0a) { // TCP_LISTEN
-      continue;
+// The sockets of a process group as /proc/PID/fd has them, "socket:[123]", each
+// with the name of a process that has it.
+inline std::map<std::string, std::string> sockets_of(pid_t group) {
+  std::map<std::string, std::string> sockets;
+  for_each_member(group, [&](pid_t pid) {
+    const auto process = concat("/proc/", decimal(pid));
+    const auto comm = read_start(process + "/comm");
+    std::error_code error;
+    for (const auto &fd : names_in(process + "/fd", error)) {
+      const auto path = concat(process, "/fd/", fd);
+      sockets.emplace(std::filesystem::read_symlink(path, error),
+                      printable(std::string(until(comm, '\n'))));
     }
-    const auto owner = owners.find(concat("socket:[", decimal(inode), "]"));
-    if (owner == owners.end()) { continue; }
-    const auto address = address_from_hex(local);
-    const bool reachable = address == "0.0.0.0" || address == "127.0.0.1" ||
-                           address == "::" || address == "::1";
-    found.push_back({address, static_cast<int>(port), reachable,
-                     contains(address, ":"), owner->second});
+  });
+  return sockets;
+}
+
+// Those that listen; none where /proc does not tell.
+inline std::vector<ListeningSocket> listeners_of(pid_t group) {
+  std::vector<ListeningSocket> found;
+  const auto sockets = sockets_of(group);
+  // Our own network's tables: what is in another cannot be connected to.
+  for (const auto table : {"/proc/self/net/tcp", "/proc/self/net/tcp6"}) {
+    const std::unique_ptr<std::FILE, int (*)(std::FILE *)> file(
+        std::fopen(table, "re"), std::fclose);
+    char line[512];
+    while (file && std::fgets(line, sizeof(line), file.get())) {
+      char local[33] = "";
+      unsigned port = 0, state = 0;
+      unsigned long inode = 0;
+      const int fields = std::sscanf(
+          line,
+          " %*d: %32[0-9A-F]:%x %*[0-9A-F]:%*x %x %*x:%*x %*x:%*x %*x %*u %*u "
+          "%lu",
+          local, &port, &state, &inode);
+      const auto it = sockets.find(concat("socket:[", decimal(inode), "]"));
+      if (fields != 4 || state != 0x0a || it == sockets.end()) { // TCP_LISTEN
+        continue;
+      }
+      const auto address = address_from_hex(local);
+      const bool reachable = address == "0.0.0.0" || address == "127.0.0.1" ||
+                             address == "::" || address == "::1";
+      found.push_back({address, static_cast<int>(port), reachable,
+                       contains(address, ":"), it->second});
+    }
   }
+  return found;
 }
 
 // ---- Process: one run of the program
@@ -3790,7 +3750,15 @@ public:
   void stop(SteadyClock::time_point deadline) {
     if (!started()) { return; }
     end_politely(deadline);
-    if (!ended()) { kill_group(); }
+    if (!ended()) {
+      const bool permitted = ::kill(-pid_, SIGKILL) == 0 || errno != EPERM;
+      // The kernel needs a moment, and so does init, to reap them.
+      wait(SteadyClock::now() + seconds(permitted ? 1 : 0), &Process::ended);
+      if (!ended()) {
+        log_(concat("target (pid ", decimal(pid()), ") cannot be ended: ",
+                    permitted ? "it survives SIGKILL" : error_text(EPERM)));
+      }
+    }
     if (exit_text_.empty()) { exit_text_ = "could not be ended"; }
     watchdog_.watch(0);
     pidfd_.reset();
@@ -3800,26 +3768,24 @@ public:
   // The listening TCP sockets of the process group. Several may have the same
   // port. Empty where /proc does not tell.
   std::vector<ListeningSocket> listeners() const {
-    SocketOwners owners;
-    std::vector<ListeningSocket> found;
-    if (!started()) { return found; }
-    for_each_member(pid_, [&](pid_t pid) { find_sockets(pid, owners); });
-    // Our own network's tables: what is in another cannot be connected to.
-    read_listeners("/proc/self/net/tcp", owners, found);
-    read_listeners("/proc/self/net/tcp6", owners, found);
-    return found;
+    return started() ? listeners_of(pid_) : std::vector<ListeningSocket>();
   }
 
 private:
-  void launch(const Program &program, const std::string &port,
+  void launch(Program program, const std::string &port,
               const std::function<void()> &check) {
-    std::vector<std::string> arguments{program.argv0};
-    for (auto argument : config_.args) {
+    std::vector<char *> argv{program.argv0.data()}, envp;
+    auto arguments = config_.args;
+    for (auto &argument : arguments) {
       replace_all(argument, "{port}", port);
-      arguments.push_back(argument);
+      argv.push_back(argument.data());
     }
+    argv.push_back(nullptr);
     auto environment = environment_for(config_, program.directory, port);
-    const auto argv = pointers_to(arguments), envp = pointers_to(environment);
+    for (auto &[name, text] : environment) {
+      envp.push_back(text.data());
+    }
+    envp.push_back(nullptr);
     while (const int error = spawn(program, argv.data(), envp.data())) {
       if (error != ETXTBSY) {
         fail_start(concat(printable(program.path), ": ",
@@ -3868,10 +3834,8 @@ private:
     pid_ = ::getpid(); // before it can end: as PID 1 we reap what is not owned
 #ifdef __linux__
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (::getppid() != parent) { ::_exit(127); } // we died just before
-#else
-    static_cast<void>(parent);
 #endif
+    if (::getppid() != parent) { ::_exit(127); } // we died just before
     watchdog_.watch(pid_);
     for (int number = 1; number < NSIG; ++number) { // httplib ignores SIGPIPE
       ::signal(number, SIG_IGN);                    // what is pending is for us
@@ -3904,8 +3868,8 @@ private:
     return for_each_member(pid_, [&](pid_t) { alive = true; }) && !alive;
   }
 
-  template <typename F> void wait(SteadyClock::time_point until, F condition) {
-    while (!condition() && SteadyClock::now() < until) {
+  void wait(SteadyClock::time_point until, bool (Process::*condition)()) {
+    while (!(this->*condition)() && SteadyClock::now() < until) {
       pollfd fd{exit_fd(), POLLIN, 0};
       ::poll(&fd, 1, 5);
     }
@@ -3915,35 +3879,19 @@ private:
   // it on, and a second one ends a polite server at once. But a plain shell
   // just dies of it, and nobody tells its child.
   void end_politely(SteadyClock::time_point deadline) {
-    const auto part_of_rest = [&](int divisor) {
-      const auto now = SteadyClock::now();
-      return now + (deadline - now) / divisor;
-    };
     if (!exited()) {
       ::kill(pid_, SIGTERM);
-      wait(part_of_rest(2), [&] { return exited(); });
-      if (exited()) {
-        wait(part_of_rest(10), [&] { return ended(); });
-      }
+      auto now = SteadyClock::now();
+      wait(now + (deadline - now) / 2, &Process::exited);
+      now = SteadyClock::now();
+      if (exited()) { wait(now + (deadline - now) / 10, &Process::ended); }
     }
     if (ended()) { return; }
     const bool listed = for_each_member(pid_, [&](pid_t pid) {
       if (pid != pid_) { ::kill(pid, SIGTERM); }
     });
     if (!listed) { ::kill(-pid_, SIGTERM); }
-    wait(deadline, [&] { return ended(); });
-  }
-
-  void kill_group() {
-    const bool permitted = ::kill(-pid_, SIGKILL) == 0 || errno != EPERM;
-    // The kernel needs a moment, and so does init, to reap them.
-    wait(SteadyClock::now() + seconds(permitted ? 1 : 0),
-         [&] { return ended(); });
-    if (ended()) { return; }
-    log_(concat("target (pid ", decimal(pid()), ") cannot be ended: ",
-                permitted ? "some of its processes survive SIGKILL"
-                          : error_text(EPERM),
-                "; it is left running"));
+    wait(deadline, &Process::ended);
   }
 
   const Config &config_;

@@ -390,7 +390,7 @@ TEST_CASE("scratch: who may have touched it") {
   SUBCASE("another user, who owns it") {
     if (!is_root()) { return; }
     if (chown(site.scratch.c_str(), 12345, 12345)) { fail("chown"); }
-    CHECK(contains(site.refusal(), "belongs to another user (uid 12345)"));
+    CHECK(contains(site.refusal(), "belongs to another user"));
   }
   SUBCASE("another user, who made the copy") {
     if (!is_root()) { return; }
@@ -407,7 +407,7 @@ TEST_CASE("scratch: who may have touched it") {
   SUBCASE("a file in place of the scratch folder") {
     rmdir(site.scratch.c_str());
     write_file(site.scratch, "");
-    CHECK(contains(site.refusal(), site.scratch + ": "));
+    CHECK(contains(site.refusal(), ": Not a directory"));
   }
 }
 
