@@ -3296,7 +3296,7 @@ private:
       entry.path = concat(folder, name);
       const auto from = concat(path, name);
       if (::lstat(from.c_str(), &entry.status) != 0) { skip(from, errno); }
-      const auto mode = entry.status.st_mode;
+      const auto mode = entry.status.st_mode; // 0: it was left out
       if (S_ISLNK(mode)) { entry.link = std::filesystem::read_symlink(from); }
       // Sockets and the like belong to a process, not to a release.
       if (S_ISLNK(mode) || S_ISREG(mode) ||
@@ -3464,7 +3464,7 @@ struct Program {
 // a dot (below /tmp, PocketBase takes an absolute path for `go run`).
 inline std::string argv0_for(const Config &config, const Program &program) {
   const auto &given = config.binary;
-  const bool by_path = !contains(given, "/"); // the target looks as we did
+  const bool by_path = !contains(given, "/"); // the target looks there, too
   const auto seen = std::filesystem::path(program.directory) /
                     (by_path ? find_place(given) : given);
   if (absolute_path(seen) == program.path &&
@@ -3557,7 +3557,7 @@ public:
   }
 
   pid_t pid() const { return pid_; }
-  // Tells the group to kill; 0: none, -1: we are done.
+  // Sets the group to kill; 0: none, -1: the watchdog ends.
   void watch(pid_t group) const {
     if (::write(writing_.get(), &group, sizeof(group)) < 0) {}
   }
@@ -3667,7 +3667,8 @@ inline std::vector<ListeningSocket> listeners_of(pid_t group) {
           "%lu",
           local, &port, &state, &inode);
       const auto it = sockets.find(concat("socket:[", decimal(inode), "]"));
-      if (fields != 4 || state != 0x0a || it == sockets.end()) { // TCP_LISTEN
+      const unsigned listening = 0x0a; // TCP_LISTEN
+      if (fields != 4 || state != listening || it == sockets.end()) {
         continue;
       }
       const auto address = address_from_hex(local);
