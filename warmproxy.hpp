@@ -3410,6 +3410,13 @@ private:
     if (!reading) { return skip(from, errno); }
     auto writing = open_file(to, O_WRONLY | O_CREAT | O_EXCL);
     if (!writing) { fail_start_at(to, errno); }
+#if defined(__linux__) && defined(SYS_copy_file_range)
+    while (::syscall(SYS_copy_file_range, reading.get(), nullptr, writing.get(),
+                     nullptr, std::size_t{8} << 20, 0) > 0) {
+      check_();
+    }
+#endif
+    // What is left, where the kernel cannot do it.
     std::array<char, 65536> bytes;
     while (const auto n = ::read(reading.get(), bytes.data(), bytes.size())) {
       check_();
