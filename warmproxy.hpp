@@ -59,6 +59,7 @@
 
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <locale.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -85,6 +86,7 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
+#include <charconv>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -481,16 +483,10 @@ inline bool list_contains(std::string_view list, std::string_view wanted) {
 // Reads a decimal number without a sign. Returns false, and leaves `number`
 // alone, if `text` is none or does not fit.
 template <typename N> bool to_number(std::string_view text, N &number) {
+  const auto end = text.data() + text.size();
   N n = 0;
-  for (const char c : text) {
-    const auto digit = static_cast<N>(c - '0');
-    if (c < '0' || c > '9' ||
-        n > (std::numeric_limits<N>::max() - digit) / 10) {
-      return false;
-    }
-    n = n * 10 + digit;
-  }
-  if (text.empty()) { return false; }
+  const auto [stop, error] = std::from_chars(text.data(), end, n);
+  if (error != std::errc() || stop != end || text[0] == '-') { return false; }
   number = n;
   return true;
 }
@@ -527,35 +523,29 @@ template <typename N> std::string decimal(N number) {
   return std::to_string(number);
 }
 
-template <typename Duration> std::string fixed(Duration duration, int digits) {
-  char text[40];
-  std::snprintf(text, sizeof(text), "%.*f", digits,
-                static_cast<double>(duration.count()));
-  return text;
-}
-
 template <typename Duration> std::string in_milliseconds(Duration duration) {
-  return fixed(std::chrono::duration<double, std::milli>(duration), 1);
+  return decimal(std::chrono::duration_cast<milliseconds>(duration).count());
 }
 
 template <typename Duration> std::string in_seconds(Duration duration) {
-  return fixed(std::chrono::duration<double>(duration), 2);
+  char text[40];
+  std::snprintf(text, sizeof(text), "%.2f",
+                std::chrono::duration<double>(duration).count());
+  return text;
 }
 
+// As JSON has it. What is not ASCII counts as Latin-1, since any byte may come.
 inline std::string json_string(std::string_view text) {
   std::string out = "\"";
   for (const char c : text) {
-    const auto byte = static_cast<unsigned char>(c);
-    if (c == '"' || c == '\\') {
-      out += '\\';
+    if (c >= ' ' && c < 0x7f && c != '"' && c != '\\') {
       out += c;
-    } else if (byte < 0x20 || byte >= 0x7f) {
-      char escaped[8];
-      std::snprintf(escaped, sizeof(escaped), "\\u%04x", unsigned{byte});
-      out += escaped;
-    } else {
-      out += c;
+      continue;
     }
+    char escaped[8];
+    std::snprintf(escaped, sizeof(escaped), "\\u%04x",
+                  unsigned{static_cast<unsigned char>(c)});
+    out += escaped;
   }
   return out += '"';
 }
@@ -583,11 +573,8 @@ struct Config : Options {
 
 // "/a/b" or "", however many slashes the user wrote around it.
 inline std::string normalized_prefix(std::string_view prefix) {
-  while (ends_with(prefix, "/")) {
-    prefix.remove_suffix(1);
-  }
-  if (prefix.empty()) { return {}; }
-  return starts_with(prefix, "/") ? std::string(prefix) : concat("/", prefix);
+  prefix = prefix.substr(0, prefix.find_last_not_of('/') + 1);
+  return concat(prefix.empty() || prefix[0] == '/' ? "" : "/", prefix);
 }
 
 // Whether the path of a request target is `prefix` or lies below it.
@@ -5117,6 +5104,12 @@ inline void Supervisor::end() {
 }
 // ---- Platform: Vercel's IPC -------------------------------------------------
 
+// A variable of the environment; "" if it is not set.
+inline std::string environment_variable(const char *name) {
+  const char *value = std::getenv(name);
+  return value ? value : "";
+}
+
 // Vercel's side of the contract with a function of the runtime `executable`:
 // JSON messages, each ended by a NUL, over a Unix socket. Reference:
 // internals/ipc-proxy in vercel/vercel. All functions may be called from any
@@ -5125,25 +5118,101 @@ class Vercel {
 public:
   // Null without VERCEL_IPC_PATH, and if it cannot be connected, which is
   // logged. Throws std::system_error.
-  static std::unique_ptr<Vercel> connect(const Log &log);
-  explicit Vercel(Descriptor socket) : socket_(std::move(socket)) {}
-  // Sends what is left. A platform that does not read has 2 s to begin with it.
-  ~Vercel();
+  static std::unique_ptr<Vercel> connect(const Log &log) {
+    const auto path = environment_variable("VERCEL_IPC_PATH");
+    if (path.empty()) { return {}; }
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    path.copy(address.sun_path, sizeof(address.sun_path) - 1);
+    auto socket = new_socket(AF_UNIX);
+    if (::connect(socket.get(), reinterpret_cast<sockaddr *>(&address),
+                  sizeof(address)) == 0) {
+      return std::make_unique<Vercel>(std::move(socket));
+    }
+    log(printable(concat("cannot connect to Vercel: VERCEL_IPC_PATH \"", path,
+                         "\": ", error_text(errno), "; going on without it")));
+    return {};
+  }
 
-  void started(milliseconds took, int port);
+  explicit Vercel(Descriptor socket)
+      : socket_(std::move(socket)), writer_([this] { write(); }) {}
+  // Sends what is left. A platform that does not read has 2 s to begin with it.
+  ~Vercel() {
+    flush(after(seconds(2)));
+    writer_.join();
+  }
+
+  void started(milliseconds took, int port) {
+    send("server-started", concat("\"initDuration\":", decimal(took.count()),
+                                  ",\"httpPort\":", decimal(port)));
+  }
+
   // Ends an invocation after `delay`.
   void end(std::string_view invocation_id, std::string_view request_id,
-           milliseconds delay);
-  // Sends what was to be sent later at once, now and from now on.
-  void flush();
-  void unrecoverable(int exit_code, std::string_view message);
+           milliseconds delay) {
+    std::uint64_t number = 0; // stays 0 if there is none
+    to_number(request_id, number);
+    send("end",
+         concat("\"context\":{\"invocationId\":", json_string(invocation_id),
+                ",\"requestId\":", decimal(number), "}"),
+         delay);
+  }
+
+  void unrecoverable(int exit_code, std::string_view message) {
+    send("unrecoverable-error", concat("\"exitCode\":", decimal(exit_code),
+                                       ",\"message\":", json_string(message)));
+  }
+
+  // Sends what was to be sent later at once, now and from now on; after
+  // `give_up`, nothing more.
+  void flush(Time give_up = Time::max()) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    flushing_ = true;
+    give_up_ = give_up;
+    wakeup_.wake();
+  }
 
 private:
-  void send(std::string message, milliseconds delay = milliseconds(0));
-  bool start_writer();
-  void write();
-  void send_due();
-  void send_unsent();
+  void send(std::string_view type, std::string_view payload,
+            milliseconds delay = milliseconds(0)) {
+    auto message =
+        concat("{\"type\":\"", type, "\",\"payload\":{", payload, "}}");
+    message += '\0';
+    const std::lock_guard<std::mutex> lock(mutex_);
+    later_.emplace(after(delay), std::move(message));
+    send_due();
+    if (delay.count() > 0 || !unsent_.empty()) { wakeup_.wake(); }
+  }
+
+  void send_due() {
+    const auto due =
+        later_.upper_bound(flushing_ ? Time::max() : RunningClock::now());
+    for (auto next = later_.begin(); next != due; next = later_.erase(next)) {
+      unsent_ += next->second;
+    }
+    while (!unsent_.empty()) {
+      const auto n = ::send(socket_.get(), unsent_.data(), unsent_.size(),
+                            MSG_DONTWAIT | MSG_NOSIGNAL);
+      if (n < 0 && would_block(errno)) { return; }
+      // The platform is gone: nobody is left to be told.
+      unsent_.erase(0, n > 0 ? static_cast<std::size_t>(n) : unsent_.npos);
+    }
+  }
+
+  void write() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (RunningClock::now() < give_up_) {
+      send_due();
+      if (give_up_ < Time::max() && unsent_.empty()) { return; }
+      pollfd fds[] = {{wakeup_.fd(), POLLIN, 0},
+                      {unsent_.empty() ? -1 : socket_.get(), POLLOUT, 0}};
+      const auto next = later_.empty() ? give_up_ : later_.begin()->first;
+      lock.unlock();
+      wait_for(fds, 2, next);
+      wakeup_.drain();
+      lock.lock();
+    }
+  }
 
   const Descriptor socket_;
   Wakeup wakeup_;      // of the writer
@@ -5152,148 +5221,31 @@ private:
   // By the time that has to pass while we run: background work makes no
   // progress while the instance is frozen.
   std::multimap<Time, std::string> later_;
-  bool flushing_ = false, over_ = false;
-  std::thread writer_; // started with the first message that has to wait
+  bool flushing_ = false;
+  Time give_up_ = Time::max();
+  std::thread writer_; // the last member: it uses the others
 };
 
-inline std::unique_ptr<Vercel> Vercel::connect(const Log &log) {
-  const char *path = std::getenv("VERCEL_IPC_PATH");
-  if (!path || !*path) { return {}; }
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  auto socket = new_socket(AF_UNIX);
-  if (std::strlen(path) >= sizeof(address.sun_path)) {
-    errno = ENAMETOOLONG;
-  } else {
-    std::strcpy(address.sun_path, path);
-    if (::connect(socket.get(), reinterpret_cast<sockaddr *>(&address),
-                  sizeof(address)) == 0) {
-      return std::make_unique<Vercel>(std::move(socket));
-    }
-  }
-  log(printable(concat("cannot connect to Vercel: VERCEL_IPC_PATH \"", path,
-                       "\": ", error_text(errno), "; going on without it")));
-  return {};
-}
-
-inline Vercel::~Vercel() {
-  flush();
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    over_ = true;
-    wakeup_.wake();
-  }
-  if (writer_.joinable()) { writer_.join(); }
-  pollfd out{socket_.get(), POLLOUT, 0};
-  const auto deadline = SteadyClock::now() + seconds(2);
-  while (!unsent_.empty() && SteadyClock::now() < deadline) {
-    wait_for(&out, 1, deadline);
-    send_unsent();
-  }
-}
-
-inline void Vercel::started(milliseconds took, int port) {
-  send(concat("{\"type\":\"server-started\",\"payload\":{\"initDuration\":",
-              decimal(took.count()), ",\"httpPort\":", decimal(port), "}}"));
-}
-
-inline void Vercel::end(std::string_view invocation_id,
-                        std::string_view request_id, milliseconds delay) {
-  std::uint64_t number = 0; // stays 0 if there is none
-  to_number(request_id, number);
-  send(concat("{\"type\":\"end\",\"payload\":{\"context\":{\"invocationId\":",
-              json_string(invocation_id), ",\"requestId\":", decimal(number),
-              "}}}"),
-       delay);
-}
-
-inline void Vercel::unrecoverable(int exit_code, std::string_view message) {
-  send(concat("{\"type\":\"unrecoverable-error\",\"payload\":{\"exitCode\":",
-              decimal(exit_code), ",\"message\":", json_string(message), "}}"));
-}
-
-inline void Vercel::flush() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  flushing_ = true;
-  send_due();
-}
-
-inline void Vercel::send(std::string message, milliseconds delay) {
-  message += '\0';
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (delay.count() > 0 && !flushing_ && start_writer()) {
-    later_.emplace(after(delay), std::move(message));
-    wakeup_.wake();
-    return;
-  }
-  unsent_ += message;
-  send_unsent();
-  if (!unsent_.empty() && start_writer()) { wakeup_.wake(); }
-}
-
-// Without a thread for it, a message is sent at once, or with the next one.
-inline bool Vercel::start_writer() {
-  try {
-    if (!writer_.joinable()) {
-      writer_ = std::thread([this] { write(); });
-    }
-    return true;
-  } catch (const std::system_error &) { return false; }
-}
-
-inline void Vercel::write() {
-  std::unique_lock<std::mutex> lock(mutex_);
-  while (!over_) {
-    send_due();
-    pollfd fds[] = {{wakeup_.fd(), POLLIN, 0},
-                    {unsent_.empty() ? -1 : socket_.get(), POLLOUT, 0}};
-    const auto next = later_.empty() ? Time::max() : later_.begin()->first;
-    lock.unlock();
-    wait_for(fds, 2, next);
-    wakeup_.drain();
-    lock.lock();
-  }
-}
-
-inline void Vercel::send_due() {
-  const auto due =
-      later_.upper_bound(flushing_ ? Time::max() : RunningClock::now());
-  for (auto next = later_.begin(); next != due; next = later_.erase(next)) {
-    unsent_ += next->second;
-  }
-  send_unsent();
-}
-
-inline void Vercel::send_unsent() {
-  while (!unsent_.empty()) {
-    const auto n = ::send(socket_.get(), unsent_.data(), unsent_.size(),
-                          MSG_DONTWAIT | MSG_NOSIGNAL);
-    if (n < 0 && would_block(errno)) { return; }
-    // The platform is gone: nobody is left to be told.
-    unsent_.erase(0, n > 0 ? static_cast<std::size_t>(n) : unsent_.npos);
-  }
-}
-
-// Settings that the platform calls for. `lookup` finds a variable or null.
-template <typename Lookup>
-void adapt_to_vercel(Options &options, Lookup &&lookup) {
-  const auto variable = [&](const char *name) {
-    const char *value = lookup(name);
-    return std::string(trim(value ? value : ""));
-  };
-  const auto strip = variable("VERCEL_SERVICE_ROUTE_PREFIX_STRIP");
-  if ((strip == "1" || equals_ignore_case(strip, "true")) &&
-      options.strip_prefix.empty()) {
-    options.strip_prefix = variable("VERCEL_SERVICE_ROUTE_PREFIX");
+// Settings that the platform calls for.
+inline void adapt_to_vercel(Options &options) {
+  const auto strip = environment_variable("VERCEL_SERVICE_ROUTE_PREFIX_STRIP");
+  if (options.strip_prefix.empty() &&
+      (trim(strip) == "1" || equals_ignore_case(trim(strip), "true"))) {
+    options.strip_prefix =
+        trim(environment_variable("VERCEL_SERVICE_ROUTE_PREFIX"));
   }
   // An instance exists because a request is on its way.
-  if (!lookup("WARMPROXY_PREWARM")) { options.prewarm = true; }
+  if (environment_variable("WARMPROXY_PREWARM").empty()) {
+    options.prewarm = true;
+  }
   if (options.host == "0.0.0.0") { options.host = "127.0.0.1"; }
   options.keep_alive_timeout = milliseconds(0); // it may pass in a freeze
   // The platform kills us 500 ms after SIGTERM: drain and stop within that.
   options.stop_timeout = std::min(options.stop_timeout, milliseconds(200));
   for (const auto name : {"HOME", "TMPDIR"}) { // nothing else is writable
-    if (!lookup(name)) { options.env.emplace(name, "/tmp"); }
+    if (environment_variable(name).empty()) {
+      options.env.emplace(name, "/tmp");
+    }
   }
 }
 
@@ -5306,168 +5258,120 @@ struct Reply {
   std::string body;
 };
 
-// A browser that navigates to a page, and nobody else.
-inline bool wants_page(const RequestHead &request);
-// A CORS preflight request that is answered here.
-inline bool is_preflight(const RequestHead &request, const Config &config);
-
-// A page for navigations, else a line of text: "warmproxy: <reason>".
-inline Reply error_reply(const RequestHead &request, int status,
-                         std::string_view reason, std::string lines = {});
-// The same for a start that failed after `waited`.
-inline Reply start_failure_reply(const RequestHead &request, int status,
-                                 std::string_view reason,
-                                 milliseconds retry_after);
-inline Reply waiting_page(const RequestHead &request, seconds waited);
-inline Reply preflight_reply();
-inline Reply ping_reply();
-// JSON, or metrics for Prometheus where the request asks for them.
-inline Reply status_reply(const RequestHead &request, const Status &status);
-
-// Adds what every response of ours has: Date, Content-Length, Cache-Control
-// unless `lines` has it, CORS, Connection.
-inline void write_reply(const Reply &reply, const RequestHead &request,
-                        const Config &config, bool keep_alive,
-                        std::string &out);
-
 // ---- Responses: pages
 
 // The page of a visitor who waits, or who cannot be served. It loads nothing
-// from outside. fill() replaces what begins with '%'.
+// from outside. What begins with '%' is filled in.
 inline constexpr std::string_view page_head = R"html(<!doctype html>
 <html lang="%lang">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="robots" content="noindex">
-<title>%title</title>
 <link rel="icon" href="data:,">
-%refresh<style>
-:root { color-scheme: light dark; --page: #f6f7f9; --text: #1c2330; --soft: #5d6778; --line: #dde1e8; --warm: #c2410c }
-@media (prefers-color-scheme: dark) { :root { --page: #14171d; --text: #e9ecf1; --soft: #9aa4b4; --line: #2b313c; --warm: #ff8a4c } }
-@media (forced-colors: active) { :root { --line: GrayText; --warm: Highlight; --soft: CanvasText } #bar { forced-color-adjust: none } }
+<style>
+:root { color-scheme: light dark }
 body { display: grid; place-items: center; min-height: 100vh; box-sizing: border-box; margin: 0; padding: 24px;
-  background: var(--page); color: var(--text); font: 1.0625rem/1.55 system-ui, "PingFang SC", "Noto Sans CJK SC", sans-serif }
+  background: Canvas; color: CanvasText; font: 1.0625rem/1.55 system-ui, "PingFang SC", "Noto Sans CJK SC", sans-serif }
 main { width: 100%; max-width: 26rem }
 h1 { margin: 0 0 .35em; font-size: 1.45rem; line-height: 1.25 }
-p { margin: 0; color: var(--soft); overflow-wrap: anywhere }
+p { margin: 0 0 1.5rem; overflow-wrap: anywhere }
 p::first-letter { text-transform: uppercase }
-small { color: var(--soft); font-size: .9rem; font-variant-numeric: tabular-nums }
-#bar { height: 4px; margin: 1.5rem 0 .9rem; border-radius: 2px; animation: go 1.6s ease-in-out infinite alternate;
-  background: linear-gradient(var(--warm), var(--warm)) 0 0 / 35% 100% no-repeat var(--line) }
+small { font-size: .9rem; font-variant-numeric: tabular-nums }
+#bar { height: 3px; margin-bottom: .9rem; border: 1px solid #c2410c; border-radius: 3px; animation: go 1.6s ease-in-out infinite alternate;
+  background: linear-gradient(#c2410c, #c2410c) 0 0 / 35% 100% no-repeat }
 @keyframes go { to { background-position: 100% 0 } }
-@media (prefers-reduced-motion: reduce) { #bar { animation: none; background-size: 100% 100%; opacity: .6 } }
-#again { margin-top: 1.4rem; padding: .6em 1.3em; border: 1px solid transparent; border-radius: 8px;
-  background: var(--warm); color: var(--page); font: inherit; font-weight: 600; text-decoration: none; cursor: pointer }
-#again:not([hidden]) { display: inline-block }
-#again:focus-visible { outline: 3px solid var(--text); outline-offset: 2px }
+@media (prefers-reduced-motion: reduce) { #bar { animation: none; background-size: 100% 100% } }
+#again { padding: .6em 1.3em; font: inherit }
+#again:focus-visible { outline: 3px solid; outline-offset: 2px }
 </style>
-<main>
-<div role="status" aria-live="polite"><h1 id="title">%title</h1><p id="text">%text</p></div>
 )html";
 
 // One request is kept open until the target is up: an instance that a platform
 // freezes between requests would not go on starting. Each failure but 503 ends
 // the wait, and with it what the Refresh header began.
 inline constexpr std::string_view waiting_part =
-    R"html(<div id="wait"><div id="bar" role="progressbar" aria-labelledby="title"></div><small id="time" aria-hidden="true">%time</small></div>
-<button id="again" type="button" hidden>%again</button>
+    R"html(<title>%starting</title>
+<noscript><meta http-equiv="refresh" content="2; url=%url"></noscript>
+<main>
+<div role="status" aria-live="polite"><h1 id="title">%starting</h1><p id="text">%asleep</p></div>
+<div id="wait"><div id="bar" role="progressbar" aria-labelledby="title"></div><small aria-hidden="true">%waiting</small></div>
+<button id="again" onclick="location.reload()" hidden>%again</button>
 <script>
-(function () {
-  function by(id) { return document.getElementById(id); }
-  var title = document.title, text = by("text").textContent, begin = Date.now() - %seconds * 1000;
-  function show(waiting, title, text) {
-    by("wait").hidden = !waiting; by("again").hidden = waiting;
-    by("title").textContent = document.title = title; by("text").textContent = text;
-  }
-  function ask() {
-    fetch(location.href, { headers: { "Warmproxy-Wait": "1", Accept: "text/plain" }, cache: "no-store" }).then(function (response) {
-      return response.text().then(function (text) {
-        if (text.indexOf("warmproxy: ") !== 0) return location.reload();
-        if (response.status === 503) return void setTimeout(ask, 1000 * response.headers.get("Retry-After"));
-        window.stop(); show(false, "%failed", text.slice(11));
-      });
-    }).catch(function () { setTimeout(ask, 1000); });
-  }
-  by("again").onclick = function () { begin = Date.now(); show(true, title, text); ask(); };
-  setInterval(function () { by("time").textContent = "%for".replace("#", Math.round((Date.now() - begin) / 1000)); }, 1000);
-  ask();
-})();
+const by = (id) => document.getElementById(id), begin = Date.now() - 1000 * by("time").textContent;
+async function ask() {
+  try {
+    const response = await fetch(location.href, { headers: { "Warmproxy-Wait": "1", Accept: "text/plain" }, cache: "no-store" });
+    const text = await response.text();
+    if (!text.startsWith("warmproxy: ")) return location.reload();
+    if (response.status === 503) return setTimeout(ask, 1000 * response.headers.get("Retry-After"));
+    window.stop();
+    by("wait").hidden = true; by("again").hidden = false;
+    by("title").textContent = document.title = "%failed"; by("text").textContent = text.slice(11);
+  } catch { setTimeout(ask, 1000); }
+}
+setInterval(() => { by("time").textContent = Math.round((Date.now() - begin) / 1000); }, 1000);
+ask();
 </script>
+</main>
 )html";
 
-inline constexpr std::string_view failed_part =
-    R"html(<a id="again" href="" onclick="location.reload(); return false">%again</a>
+inline constexpr std::string_view failed_part = R"html(<title>%failed</title>
+<main>
+<h1>%failed</h1><p>%reason</p>
+<a id="again" href="" onclick="location.reload(); return false">%again</a>
+</main>
 )html";
 
-struct PageTexts {
-  const char *language, *starting, *asleep, *waiting_for, *start_failed,
-      *not_loaded, *try_again;
+struct PageText {
+  std::string_view key, english, chinese;
 };
-inline constexpr PageTexts english = {
-    "en",
-    "Starting up …",
-    "This site was asleep. It will open here by itself in a moment.",
-    "Waiting for # s",
-    "This site could not be started",
-    "This page could not be loaded",
-    "Try again"};
-inline constexpr PageTexts chinese = {
-    "zh",
-    "正在启动……",
-    "网站刚才处于休眠状态，启动完成后会自动打开。",
-    "已等待 # 秒",
-    "网站启动失败",
-    "页面加载失败",
-    "重试"};
+inline constexpr PageText page_texts[] = {
+    {"%lang", "en", "zh"},
+    {"%starting", "Starting up …", "正在启动……"},
+    {"%asleep",
+     "This site was asleep. It will open here by itself in a moment.",
+     "网站刚才处于休眠状态，启动完成后会自动打开。"},
+    {"%waiting", "Waiting for <span id=\"time\">%seconds</span> s",
+     "已等待 <span id=\"time\">%seconds</span> 秒"},
+    {"%failed", "This page could not be loaded", "页面加载失败"},
+    {"%again", "Try again", "重试"}};
 
-inline const PageTexts &page_texts(const RequestHead &request) {
-  const auto language = request.value(FieldName::accept_language);
-  return starts_with_ignore_case(language, "zh") ? chinese : english;
-}
-
-inline std::string escape_html(std::string_view text) {
-  std::string out(text);
-  replace_all(out, "&", "&amp;");
-  replace_all(out, "<", "&lt;");
-  replace_all(out, ">", "&gt;");
-  replace_all(out, "\"", "&quot;");
-  return out;
-}
-
-// A reference from an address to itself. Not empty: with a fragment in the
-// address, a browser would take that for a jump within the page. Relative,
-// since a path may begin with "//".
-inline std::string self_url(const RequestHead &request) {
-  const auto slash = request.path().rfind('/');
-  return slash == std::string_view::npos
-             ? std::string()
-             : concat("./", request.target.substr(slash + 1));
-}
-
-struct PageValue {
-  std::string_view key;
-  std::string value;
-};
-
-// In one pass, so that a value may hold what looks like a key.
-inline std::string fill(std::string_view page,
-                        std::initializer_list<PageValue> values) {
-  std::string out;
-  for (;;) {
-    const auto text = until(page, '%');
-    out += text;
-    page.remove_prefix(text.size());
-    if (page.empty()) { return out; }
-    const auto found =
-        std::find_if(values.begin(), values.end(), [page](const auto &v) {
-          return starts_with(page, v.key);
-        });
-    const bool known = found != values.end();
-    out += known ? found->value : "%";
-    page.remove_prefix(known ? found->key.size() : 1);
+// A page in the visitor's language.
+inline std::string page_with(std::string_view part,
+                             const RequestHead &request) {
+  const bool chinese =
+      starts_with_ignore_case(request.value(FieldName::accept_language), "zh");
+  auto page = concat(page_head, part);
+  for (const auto &text : page_texts) {
+    replace_all(page, text.key, chinese ? text.chinese : text.english);
   }
+  return page;
 }
 
+// Puts in what may look like a key itself, so this is done last.
+inline void fill(std::string &page, std::string_view key, std::string value) {
+  replace_all(value, "&", "&amp;");
+  replace_all(value, "<", "&lt;");
+  replace_all(value, ">", "&gt;");
+  replace_all(value, "\"", "&quot;");
+  replace_all(page, key, value);
+}
+
+inline Reply waiting_page(const RequestHead &request, seconds waited) {
+  auto page = page_with(waiting_part, request);
+  replace_all(page, "%seconds", decimal(waited.count()));
+  // A reference from the address to itself. Not empty: with a fragment in the
+  // address, a browser would take that for a jump within the page. Relative,
+  // since a path may begin with "//".
+  fill(page, "%url",
+       concat("./", request.target.substr(request.path().rfind('/') + 1)));
+  // Where a Content-Security-Policy of a proxy forbids the script, Refresh
+  // moves the page on.
+  return {503, "Retry-After: 2\r\nRefresh: 15\r\n", "text/html; charset=utf-8",
+          std::move(page)};
+}
+
+// A browser that navigates to a page, and nobody else.
 inline bool wants_page(const RequestHead &request) {
   if (request.method != "GET") { return false; }
   const auto purpose = request.value(FieldName::sec_fetch_dest);
@@ -5480,192 +5384,117 @@ inline bool wants_page(const RequestHead &request) {
          contains(request.value(FieldName::accept), "text/html");
 }
 
-inline Reply failure_page(const RequestHead &request, int status,
-                          std::string_view title, std::string_view reason,
-                          std::string lines) {
-  const auto &texts = page_texts(request);
-  return {status, std::move(lines), "text/html; charset=utf-8",
-          fill(concat(page_head, failed_part, "</main>\n"),
-               {{"%lang", texts.language},
-                {"%title", std::string(title)},
-                {"%refresh", {}},
-                {"%text", escape_html(reason)},
-                {"%again", texts.try_again}})};
-}
-
-inline Reply waiting_page(const RequestHead &request, seconds waited) {
-  const auto &texts = page_texts(request);
-  std::string time = texts.waiting_for;
-  replace_all(time, "#", decimal(waited.count()));
-  const auto noscript =
-      concat("<noscript><meta http-equiv=\"refresh\" content=\"2; url=",
-             escape_html(self_url(request)), "\"></noscript>\n");
-  // Where a Content-Security-Policy of a proxy forbids the script, Refresh
-  // moves the page on.
-  return {503, "Retry-After: 2\r\nRefresh: 15\r\n", "text/html; charset=utf-8",
-          fill(concat(page_head, waiting_part, "</main>\n"),
-               {{"%lang", texts.language},
-                {"%title", texts.starting},
-                {"%refresh", noscript},
-                {"%text", texts.asleep},
-                {"%time", time},
-                {"%again", texts.try_again},
-                {"%failed", texts.start_failed},
-                {"%for", texts.waiting_for},
-                {"%seconds", decimal(waited.count())}})};
-}
-
 // ---- Responses: errors, status
 
-inline Reply error_text(int status, std::string_view reason,
-                        std::string lines) {
+// A page for navigations, else a line of text: "warmproxy: <reason>".
+inline Reply error_reply(const RequestHead &request, int status,
+                         std::string_view reason, std::string lines = {}) {
+  if (wants_page(request)) {
+    auto page = page_with(failed_part, request);
+    fill(page, "%reason", std::string(reason));
+    return {status, std::move(lines), "text/html; charset=utf-8",
+            std::move(page)};
+  }
   return {status, std::move(lines), "text/plain; charset=utf-8",
           concat("warmproxy: ", reason, "\n")};
 }
 
-inline Reply error_reply(const RequestHead &request, int status,
-                         std::string_view reason, std::string lines) {
-  return wants_page(request)
-             ? failure_page(request, status, page_texts(request).not_loaded,
-                            reason, std::move(lines))
-             : error_text(status, reason, std::move(lines));
-}
-
+// The same for a start that failed.
 inline Reply start_failure_reply(const RequestHead &request, int status,
                                  std::string_view reason,
                                  milliseconds retry_after) {
-  const auto wait = std::max<milliseconds>(
-      seconds(1), retry_after + milliseconds(999)); // rounded up
-  auto lines =
-      status == 502
-          ? std::string()
-          : concat("Retry-After: ",
-                   decimal(std::chrono::duration_cast<seconds>(wait).count()),
-                   "\r\n");
-  return wants_page(request)
-             ? failure_page(request, status, page_texts(request).start_failed,
-                            reason, std::move(lines))
-             : error_text(status, reason, std::move(lines));
+  const auto wait =
+      std::max(seconds(1), std::chrono::ceil<seconds>(retry_after));
+  return error_reply(
+      request, status, reason,
+      status == 502 ? std::string()
+                    : concat("Retry-After: ", decimal(wait.count()), "\r\n"));
 }
 
-inline Reply preflight_reply() { return {204, {}, {}, {}}; }
-
-inline Reply ping_reply() {
-  return {200, {}, "text/plain; charset=utf-8", "OK"};
-}
-
+// A CORS preflight request that is answered here.
 inline bool is_preflight(const RequestHead &request, const Config &config) {
   return !config.cors_origins.empty() && request.method == "OPTIONS" &&
          request.find(FieldName::origin) &&
          request.find(FieldName::access_control_request_method);
 }
 
-// An entry of the status, as JSON has it and, unless `metric` is empty, as a
-// metric.
-struct StatusEntry {
-  std::string_view key;
-  std::string json;
-  std::string_view metric, type, help;
-};
-
-inline std::vector<StatusEntry> status_entries(const Status &status) {
-  return {
-      {"state", json_string(status.state), "target_up", "gauge",
-       "Whether the target is up."},
-      {"pid", decimal(status.pid), {}, {}, {}},
-      {"port", decimal(status.port), {}, {}, {}},
-      {"starts", decimal(status.starts), "target_starts_total", "counter",
-       "Starts of the target."},
-      {"last_exit", json_string(status.last_exit), {}, {}, {}},
-      {"up_seconds", in_seconds(status.up_for), "target_uptime_seconds",
-       "gauge", "Time since the target became ready; 0 while it is not up."},
-      {"last_start_seconds", in_seconds(status.last_start),
-       "target_last_start_duration_seconds", "gauge",
-       "Duration of the last successful start."},
-      {"requests", decimal(status.requests), "requests_total", "counter",
-       "Requests sent to the target."},
-      {"in_flight", decimal(status.in_flight), "requests_in_flight", "gauge",
-       "Requests, streams and tunnels that the target serves."},
-      {"connections", decimal(status.connections), "client_connections",
-       "gauge", "Open client connections."},
-  };
-}
-
-inline Reply metrics_reply(const Status &status) {
-  std::string out;
-  for (const auto &entry : status_entries(status)) {
-    if (entry.metric.empty()) { continue; }
-    const auto value = entry.key != "state"   ? entry.json
-                       : status.state == "up" ? "1"
-                                              : "0";
-    append(out, "# HELP warmproxy_", entry.metric, " ", entry.help,
-           "\n# TYPE warmproxy_", entry.metric, " ", entry.type, "\nwarmproxy_",
-           entry.metric, " ", value, "\n");
-  }
-  return {200, {}, "text/plain; version=0.0.4; charset=utf-8", std::move(out)};
-}
-
+// JSON, or metrics for Prometheus where the request asks for them.
 inline Reply status_reply(const RequestHead &request, const Status &status) {
+  std::string json, metrics;
+  const auto add_metric = [&](std::string_view name, std::string_view value,
+                              std::string_view help) {
+    append(metrics, "# HELP warmproxy_", name, " ", help, "\n# TYPE warmproxy_",
+           name, ends_with(name, "_total") ? " counter" : " gauge",
+           "\nwarmproxy_", name, " ", value, "\n");
+  };
+  const auto add = [&](std::string_view key, const std::string &value,
+                       std::string_view metric = {},
+                       std::string_view help = {}) {
+    append(json, json.empty() ? "{\"" : ",\"", key, "\":", value);
+    if (!metric.empty()) { add_metric(metric, value, help); }
+  };
+  add("state", json_string(status.state));
+  add_metric("target_up", status.state == "up" ? "1" : "0",
+             "Whether the target is up.");
+  add("pid", decimal(status.pid));
+  add("port", decimal(status.port));
+  add("starts", decimal(status.starts), "target_starts_total",
+      "Starts of the target.");
+  add("last_exit", json_string(status.last_exit));
+  add("up_seconds", in_seconds(status.up_for), "target_uptime_seconds",
+      "Time since the target became ready; 0 while it is not up.");
+  add("last_start_seconds", in_seconds(status.last_start),
+      "target_last_start_duration_seconds",
+      "Duration of the last successful start.");
+  add("requests", decimal(status.requests), "requests_total",
+      "Requests sent to the target.");
+  add("in_flight", decimal(status.in_flight), "requests_in_flight",
+      "Requests, streams and tunnels that the target serves.");
+  add("connections", decimal(status.connections), "client_connections",
+      "Open client connections.");
   if (contains(request.value(FieldName::accept), "version=0.0.4") ||
       ends_with(request.target, "format=prometheus")) {
-    return metrics_reply(status);
+    return {200, {}, "text/plain; version=0.0.4; charset=utf-8", metrics};
   }
-  std::string out;
-  for (const auto &entry : status_entries(status)) {
-    append(out, out.empty() ? "{\"" : ",\"", entry.key, "\":", entry.json);
-  }
-  return {200, {}, "application/json", out + "}\n"};
+  return {200, {}, "application/json", json + "}\n"};
 }
 
 // ---- Responses: on the wire
 
-inline std::string_view status_text(int status) {
-  static constexpr std::pair<int, std::string_view> known[] = {
-      {200, "OK"},
-      {201, "Created"},
-      {202, "Accepted"},
-      {204, "No Content"},
-      {301, "Moved Permanently"},
-      {302, "Found"},
-      {303, "See Other"},
-      {304, "Not Modified"},
-      {307, "Temporary Redirect"},
-      {308, "Permanent Redirect"},
-      {400, "Bad Request"},
-      {401, "Unauthorized"},
-      {403, "Forbidden"},
-      {404, "Not Found"},
-      {405, "Method Not Allowed"},
-      {408, "Request Timeout"},
-      {413, "Content Too Large"},
-      {429, "Too Many Requests"},
-      {431, "Request Header Fields Too Large"},
-      {500, "Internal Server Error"},
-      {501, "Not Implemented"},
-      {502, "Bad Gateway"},
-      {503, "Service Unavailable"},
-      {504, "Gateway Timeout"},
-      {505, "HTTP Version Not Supported"},
-  };
-  for (const auto &[code, text] : known) {
-    if (code == status) { return text; }
+// Without a reason where we know none: RFC 9112, section 4.
+inline std::string status_text(int status) {
+  static constexpr std::string_view known[] = {
+      "200 OK",
+      "204 No Content",
+      "301 Moved Permanently",
+      "302 Found",
+      "400 Bad Request",
+      "401 Unauthorized",
+      "403 Forbidden",
+      "404 Not Found",
+      "408 Request Timeout",
+      "429 Too Many Requests",
+      "431 Request Header Fields Too Large",
+      "500 Internal Server Error",
+      "501 Not Implemented",
+      "502 Bad Gateway",
+      "503 Service Unavailable",
+      "504 Gateway Timeout",
+      "505 HTTP Version Not Supported"};
+  auto code = decimal(status) + " ";
+  for (const auto text : known) {
+    if (starts_with(text, code)) { return std::string(text); }
   }
-  return {}; // it may be empty: RFC 9112, section 4
+  return code;
 }
 
-// RFC 9110, section 5.6.7; not by strftime(), which depends on the locale.
+// RFC 9110, section 5.6.7, whatever the locale.
 inline std::string http_date(std::time_t time) {
-  static constexpr char days[][4] = {"Sun", "Mon", "Tue", "Wed",
-                                     "Thu", "Fri", "Sat"};
-  static constexpr char months[][4] = {"Jan", "Feb", "Mar", "Apr",
-                                       "May", "Jun", "Jul", "Aug",
-                                       "Sep", "Oct", "Nov", "Dec"};
+  static const auto english = ::newlocale(LC_ALL_MASK, "C", nullptr);
   std::tm utc{};
   ::gmtime_r(&time, &utc);
   char text[64];
-  std::snprintf(text, sizeof(text), "%s, %02d %s %d %02d:%02d:%02d GMT",
-                days[utc.tm_wday], utc.tm_mday, months[utc.tm_mon],
-                utc.tm_year + 1900, utc.tm_hour, utc.tm_min, utc.tm_sec);
+  ::strftime_l(text, sizeof(text), "%a, %d %b %Y %H:%M:%S GMT", &utc, english);
   return text;
 }
 
@@ -5677,11 +5506,12 @@ inline bool has_line(std::string_view lines, std::string_view name) {
   return false;
 }
 
+// Adds what every response of ours has: Date, Content-Length, Cache-Control
+// unless `lines` has it, CORS, Connection.
 inline void write_reply(const Reply &reply, const RequestHead &request,
                         const Config &config, bool keep_alive,
                         std::string &out) {
-  append(out, "HTTP/1.1 ", decimal(reply.status), " ",
-         status_text(reply.status), "\r\n");
+  append(out, "HTTP/1.1 ", status_text(reply.status), "\r\n");
   if (!has_line(reply.lines, "Date")) {
     append_field(out, "Date", http_date(std::time(nullptr)));
   }
@@ -5703,6 +5533,7 @@ inline void write_reply(const Reply &reply, const RequestHead &request,
   out += "\r\n";
   if (has_body && request.method != "HEAD") { out += reply.body; }
 }
+
 // ---- Routes: the seam to cpp-httplib
 // -----------------------------------------
 
@@ -7106,7 +6937,7 @@ inline Connection::Step Connection::route_request() {
   const auto &head = request.head;
   if (shared_.vercel && head.path() == "/_vercel/ping") {
     request.invocation->forget();
-    return respond(ping_reply());
+    return respond({200, {}, "text/plain; charset=utf-8", "OK"});
   }
   if (!config.status_path.empty() && head.path() == config.status_path) {
     auto status = shared_.supervisor.status();
@@ -7116,7 +6947,7 @@ inline Connection::Step Connection::route_request() {
   if (const auto server = shared_.routes.find(head.path())) {
     return lend(*server);
   }
-  if (is_preflight(head, config)) { return respond(preflight_reply()); }
+  if (is_preflight(head, config)) { return respond({204, {}, {}, {}}); }
   if (shared_.pre_routing_handler) {
     if (const auto reply = run_pre_routing_handler()) {
       return respond(*reply);
@@ -7616,7 +7447,8 @@ inline bool split_words(std::string_view text,
   char quote = '\0';
   for (std::size_t i = 0; i < text.size(); ++i) {
     const char c = text[i];
-    if (c == '\\' && quote != '\'' && text.substr(i + 1, 1) == "\n") {
+    const bool escapes = c == '\\' && quote != '\'';
+    if (escapes && text.substr(i + 1, 1) == "\n") {
       ++i; // the line is continued
       continue;
     }
@@ -7625,7 +7457,7 @@ inline bool split_words(std::string_view text,
       continue;
     }
     if (!std::exchange(in_word, true)) { words.emplace_back(); }
-    if (c == '\\' && quote != '\'') {
+    if (escapes) {
       if (++i == text.size()) { return false; }
       // Between double quotes, it escapes only these.
       if (quote && !contains("\"\\$`", text.substr(i, 1))) {
@@ -7650,7 +7482,7 @@ inline bool has_nul(std::string_view text) {
 // A kind of value: how to read it from text, which values are valid, and what
 // to call a valid one. A Proxy checks what a program has set by the same rules.
 
-struct TextSetting { // what the kernel or the resolver gets
+struct TextKind { // what the kernel or the resolver gets
   static constexpr auto what = "text without a NUL";
   static bool read(std::string_view text, std::string &value) {
     value = text;
@@ -7659,23 +7491,22 @@ struct TextSetting { // what the kernel or the resolver gets
   static bool is_valid(const std::string &value) { return !has_nul(value); }
 };
 
-struct PrefixSetting : TextSetting { // it goes into header lines
+struct PrefixKind : TextKind { // it goes into header lines
   static constexpr auto what = "a path without blanks and control characters";
   static bool is_valid(const std::string &value) {
-    return !contains(value, " ") && !contains(value, "\t") &&
-           !has_control(value);
+    return value.find_first_of(" \t") == value.npos && !has_control(value);
   }
 };
 
-struct PathSetting : TextSetting {
+struct PathKind : TextKind {
   static constexpr auto what =
       "a path that begins with '/', without blanks and control characters";
   static bool is_valid(const std::string &value) {
-    return value.empty() || (value[0] == '/' && PrefixSetting::is_valid(value));
+    return value.empty() || (value[0] == '/' && PrefixKind::is_valid(value));
   }
 };
 
-struct WordsSetting {
+struct WordsKind {
   static constexpr auto what = "a list of arguments with all quotes closed";
   static bool read(std::string_view text, std::vector<std::string> &value) {
     return split_words(text, value);
@@ -7685,7 +7516,7 @@ struct WordsSetting {
   }
 };
 
-struct OriginsSetting {
+struct OriginsKind {
   static constexpr auto what =
       "a list of origins, such as https://example.org, or *";
   static bool read(std::string_view text, std::vector<std::string> &value) {
@@ -7698,52 +7529,40 @@ struct OriginsSetting {
   }
   // RFC 6454, section 6.2: what browsers send, which has no path.
   static bool is_origin(std::string_view text) {
-    const auto colon = text.find("://");
-    if (colon == std::string_view::npos) {
-      return text == "*" || text == "null";
-    }
-    const auto scheme = text.substr(0, colon), host = text.substr(colon + 3);
-    return is_token(scheme) && !host.empty() &&
-           std::all_of(host.begin(), host.end(), [](char c) {
-             return (is_token(c) && c != '*') || contains("[:]", {&c, 1});
-           });
+    const auto scheme = until(text, ':');
+    const auto host = text.substr(scheme.size());
+    return text == "*" || text == "null" ||
+           (is_token(scheme) && starts_with(host, "://") && host.size() > 3 &&
+            host.find_first_of("/*@ \t", 3) == host.npos && !has_control(host));
   }
 };
 
-struct FlagSetting {
+struct FlagKind {
   static constexpr auto what = "1 or 0, true or false, yes or no, on or off";
   static bool read(std::string_view text, bool &value) {
-    const auto is_one_of = [text](std::initializer_list<const char *> words) {
-      return std::any_of(words.begin(), words.end(), [text](auto word) {
-        return equals_ignore_case(text, word);
-      });
-    };
-    value = is_one_of({"1", "true", "yes", "on"});
-    return value || is_one_of({"0", "false", "no", "off"});
+    value = list_contains("1,true,yes,on", text);
+    return value || list_contains("0,false,no,off", text);
   }
   static bool is_valid(bool) { return true; }
 };
 
-struct PortSetting {
-  static constexpr auto what = "a port (0 to 65535)";
-  static bool read(std::string_view text, int &value) {
-    return to_number(text, value);
-  }
-  static bool is_valid(int value) { return value >= 0 && value <= 65535; }
-};
-
-struct TargetPortSetting {
+struct TargetPortKind {
   static constexpr auto what = "a port (0 to 65535) or auto";
   static bool read(std::string_view text, int &value) {
     if (text == "auto") { return value = any_port, true; }
     return to_number(text, value);
   }
   static bool is_valid(int value) {
-    return value == any_port || PortSetting::is_valid(value);
+    return value >= any_port && value <= 65535;
   }
 };
 
-struct CountSetting {
+struct PortKind : TargetPortKind {
+  static constexpr auto what = "a port (0 to 65535)";
+  static bool is_valid(int value) { return value >= 0 && value <= 65535; }
+};
+
+struct CountKind {
   static constexpr auto what = "a number above 0";
   static bool read(std::string_view text, std::size_t &value) {
     return to_number(text, value);
@@ -7751,37 +7570,31 @@ struct CountSetting {
   static bool is_valid(std::size_t value) { return value > 0; }
 };
 
-struct DurationSetting {
+struct DurationKind {
   static constexpr auto what = "a duration, such as 500ms, 45s, 10m, 2h or 30d";
   template <typename Duration>
   static bool read(std::string_view text, Duration &value) {
-    static constexpr std::pair<std::string_view, std::int64_t> units[] = {
-        {"ms", 1},
-        {"s", 1000},
-        {"m", 60 * 1000},
-        {"h", 3600 * 1000},
-        {"d", 86400000}};
-    const auto digits =
-        std::min(text.find_first_not_of("0123456789"), text.size());
+    static const std::map<std::string_view, std::int64_t> units = {
+        {"ms", 1}, {"s", 1000}, {"m", 60000}, {"h", 3600000}, {"d", 86400000}};
+    const auto digits = text.substr(0, text.find_first_not_of("0123456789"));
+    const auto unit =
+        units.find(text == "0" ? "s" : text.substr(digits.size()));
     std::int64_t number = 0;
-    if (!to_number(text.substr(0, digits), number)) { return false; }
-    for (const auto &[name, factor] : units) {
-      if (text.substr(digits) != name) { continue; }
-      // At most thirty years, which fit the nanoseconds of a clock.
-      if (number > std::int64_t{1000000000000} / factor) { return false; }
-      const milliseconds time(number * factor);
-      value = std::chrono::duration_cast<Duration>(time);
-      return value == time; // no half seconds where seconds are counted
+    // At most thirty years, which fit the nanoseconds of a clock.
+    if (unit == units.end() || !to_number(digits, number) ||
+        number > std::int64_t{1000000000000} / unit->second) {
+      return false;
     }
-    value = Duration(0);
-    return number == 0 && digits == text.size();
+    const milliseconds time(number * unit->second);
+    value = std::chrono::duration_cast<Duration>(time);
+    return value == time; // no half seconds where seconds are counted
   }
   template <typename Duration> static bool is_valid(Duration value) {
     return value.count() >= 0;
   }
 };
 
-struct PositiveDurationSetting : DurationSetting {
+struct PositiveDurationKind : DurationKind {
   static constexpr auto what =
       "a duration above 0, such as 500ms, 45s, 10m, 2h or 30d";
   static bool is_valid(milliseconds value) { return value.count() > 0; }
@@ -7789,27 +7602,28 @@ struct PositiveDurationSetting : DurationSetting {
 
 // ---- Settings: the table
 
-// A field of Options, the variable that sets it, and what --help says of it.
+// A field of Options, and what --help says of it.
 struct Setting {
-  const char *variable;
-  const char *help;
-  const char *what; // a valid value is
+  std::string_view field;
+  std::string_view help;
+  std::string_view what; // a valid value is
   bool (*read)(std::string_view text, Options &options);
   bool (*is_valid)(const Options &options);
 
-  // "startup_timeout" of "WARMPROXY_STARTUP_TIMEOUT", "port" of "PORT"
-  std::string field() const {
-    std::string name = variable;
-    replace_all(name, "WARMPROXY_", "");
-    std::transform(name.begin(), name.end(), name.begin(), to_lower);
+  std::string variable() const {
+    const bool is_own = field != "host" && field != "port";
+    auto name = concat(is_own ? "WARMPROXY_" : "", field);
+    for (auto &c : name) {
+      if (c >= 'a' && c <= 'z') { c = static_cast<char>(c - 32); }
+    }
     return name;
   }
 };
 
 template <auto Field, typename Kind>
-constexpr Setting setting(const char *variable, const char *help) {
+constexpr Setting setting(std::string_view field, std::string_view help) {
   return {
-      variable, help, Kind::what,
+      field, help, Kind::what,
       [](std::string_view text, Options &options) {
         return Kind::read(text, options.*Field);
       },
@@ -7817,51 +7631,47 @@ constexpr Setting setting(const char *variable, const char *help) {
 }
 
 inline constexpr Setting settings[] = {
-    setting<&Options::binary, TextSetting>("WARMPROXY_BINARY",
-                                           "the program to run"),
-    setting<&Options::args, WordsSetting>(
-        "WARMPROXY_ARGS", "its arguments, quoted as in a shell"),
-    setting<&Options::target_port, TargetPortSetting>(
-        "WARMPROXY_TARGET_PORT",
-        "its port; 0: a free one; auto: its own choice"),
-    setting<&Options::directory, TextSetting>("WARMPROXY_DIRECTORY",
-                                              "its working directory"),
-    setting<&Options::scratch, TextSetting>(
-        "WARMPROXY_SCRATCH", "where to make a writable copy of that"),
-    setting<&Options::strip_prefix, PrefixSetting>(
-        "WARMPROXY_STRIP_PREFIX", "path prefix to remove from requests"),
-    setting<&Options::prewarm, FlagSetting>(
-        "WARMPROXY_PREWARM", "1: do not wait for the first request"),
-    setting<&Options::health_path, PathSetting>(
-        "WARMPROXY_HEALTH_PATH", "path of the readiness probe; empty: connect"),
-    setting<&Options::startup_timeout, PositiveDurationSetting>(
-        "WARMPROXY_STARTUP_TIMEOUT", "how long a start may take"),
-    setting<&Options::stop_timeout, DurationSetting>(
-        "WARMPROXY_STOP_TIMEOUT", "how long draining and stopping may take"),
-    setting<&Options::idle_stop, DurationSetting>(
-        "WARMPROXY_IDLE_STOP", "stop after so long without requests; 0: never"),
-    setting<&Options::background_work, DurationSetting>(
-        "WARMPROXY_BACKGROUND_WORK",
-        "Vercel: how long work goes on after writes"),
-    setting<&Options::max_connections, CountSetting>(
-        "WARMPROXY_MAX_CONNECTIONS", "simultaneous client connections"),
-    setting<&Options::keep_alive_timeout, DurationSetting>(
-        "WARMPROXY_KEEP_ALIVE_TIMEOUT", "of idle client connections; 0: never"),
-    setting<&Options::trust_proxy, FlagSetting>(
-        "WARMPROXY_TRUST_PROXY", "1: believe forwarding headers of clients"),
-    setting<&Options::cors_origins, OriginsSetting>(
-        "WARMPROXY_CORS_ORIGINS",
-        "origins that may use it, with commas; *: any"),
-    setting<&Options::cdn_cache, DurationSetting>(
-        "WARMPROXY_CDN_CACHE", "how long a CDN may keep scripts and styles"),
-    setting<&Options::waiting_page_after, DurationSetting>(
-        "WARMPROXY_WAITING_PAGE_AFTER", "when browsers see one; 0: never"),
-    setting<&Options::status_path, PathSetting>("WARMPROXY_STATUS_PATH",
-                                                "path of status and metrics"),
-    setting<&Options::port, PortSetting>("PORT",
-                                         "where we listen; 0: a free port"),
-    setting<&Options::host, TextSetting>("HOST",
-                                         "the address on which we listen")};
+    setting<&Options::binary, TextKind>("binary", "the program to run"),
+    setting<&Options::args, WordsKind>("args",
+                                       "its arguments, quoted as in a shell"),
+    setting<&Options::target_port, TargetPortKind>(
+        "target_port", "its port; 0: a free one; auto: its own choice"),
+    setting<&Options::directory, TextKind>("directory",
+                                           "its working directory"),
+    setting<&Options::scratch, TextKind>(
+        "scratch", "where to make a writable copy of that"),
+    setting<&Options::strip_prefix, PrefixKind>(
+        "strip_prefix", "path prefix to remove from requests"),
+    setting<&Options::prewarm, FlagKind>(
+        "prewarm", "1: do not wait for the first request"),
+    setting<&Options::health_path, PathKind>(
+        "health_path", "path of the readiness probe; empty: connect"),
+    setting<&Options::startup_timeout, PositiveDurationKind>(
+        "startup_timeout", "how long a start may take"),
+    setting<&Options::stop_timeout, DurationKind>(
+        "stop_timeout", "how long draining and stopping may take"),
+    setting<&Options::idle_stop, DurationKind>(
+        "idle_stop", "stop after so long without requests; 0: never"),
+    setting<&Options::background_work, DurationKind>(
+        "background_work", "Vercel: how long work goes on after writes"),
+    setting<&Options::max_connections, CountKind>(
+        "max_connections", "simultaneous client connections"),
+    setting<&Options::keep_alive_timeout, DurationKind>(
+        "keep_alive_timeout", "of idle client connections; 0: never"),
+    setting<&Options::trust_proxy, FlagKind>(
+        "trust_proxy", "1: believe forwarding headers of clients"),
+    setting<&Options::cors_origins, OriginsKind>(
+        "cors_origins", "origins that may use it, with commas; *: any"),
+    setting<&Options::cdn_cache, DurationKind>(
+        "cdn_cache", "how long a CDN may keep scripts and styles"),
+    setting<&Options::waiting_page_after, DurationKind>(
+        "waiting_page_after", "when browsers see one; 0: never"),
+    setting<&Options::status_path, PathKind>("status_path",
+                                             "path of status and metrics"),
+    setting<&Options::port, PortKind>("port",
+                                      "where we listen; 0: a free port"),
+    setting<&Options::host, TextKind>("host",
+                                      "the address on which we listen")};
 
 // Reads the variables for which `lookup` returns a value, not null. The first
 // one that cannot be read is named in Options::error.
@@ -7872,44 +7682,38 @@ Options read_settings(Options options, Lookup &&lookup) {
     options.target_port = 0;
   }
   for (const auto &setting : settings) {
-    const char *text = lookup(setting.variable);
+    const auto variable = setting.variable();
+    const char *text = lookup(variable.c_str());
     if (text && options.error.empty() &&
         !(setting.read(text, options) && setting.is_valid(options))) {
-      options.error =
-          concat(setting.variable, "=\"", text, "\" is not ", setting.what);
+      options.error = concat(variable, "=\"", text, "\" is not ", setting.what);
     }
   }
   return options;
 }
-
-inline bool is_variable(const std::pair<const std::string, std::string> &v) {
-  return !v.first.empty() && !contains(v.first, "=") && !has_nul(v.first) &&
-         !has_nul(v.second);
-}
-
-inline bool has_port(std::string_view text) { return contains(text, "{port}"); }
 
 // Returns nothing, or what cannot be served, naming the field.
 inline std::string validate(const Options &options) {
   if (!options.error.empty()) { return options.error; }
   for (const auto &setting : settings) {
     if (!setting.is_valid(options)) {
-      return concat("Options::", setting.field(), " is not ", setting.what);
+      return concat("Options::", setting.field, " is not ", setting.what);
     }
   }
   if (options.binary.empty()) {
     return "Options::binary is empty: set it or WARMPROXY_BINARY";
   }
-  bool port_used =
-      std::any_of(options.args.begin(), options.args.end(), has_port);
-  for (const auto &variable : options.env) {
-    if (!is_variable(variable)) {
-      return concat("Options::env has a variable that cannot exist: \"",
-                    variable.first, "\"");
+  auto texts = options.args; // of the target
+  for (const auto &[name, value] : options.env) {
+    if (name.empty() || contains(name, "=") || has_nul(name + value)) {
+      return concat("Options::env has a variable that cannot exist: \"", name,
+                    "\"");
     }
-    port_used |= has_port(variable.second);
+    texts.push_back(value);
   }
-  if (options.target_port == any_port && port_used) {
+  if (options.target_port == any_port &&
+      std::any_of(texts.begin(), texts.end(),
+                  [](auto &text) { return contains(text, "{port}"); })) {
     return "Options::target_port (WARMPROXY_TARGET_PORT) is auto: {port} in "
            "Options::args or Options::env has no value";
   }
@@ -7923,8 +7727,6 @@ inline std::string validate(const Options &options) {
   return {};
 }
 
-// ---- Settings: unknown variables
-
 // A warning for a variable ("NAME=value") that looks like a setting but is
 // none; empty for all others.
 inline std::string unknown_setting(std::string_view variable) {
@@ -7933,7 +7735,7 @@ inline std::string unknown_setting(std::string_view variable) {
   if (!starts_with(name, "WARMPROXY_") || starts_with(name, "WARMPROXY_PORT") ||
       starts_with(name, "WARMPROXY_SERVICE_") ||
       std::any_of(std::begin(settings), std::end(settings),
-                  [name](const auto &s) { return name == s.variable; })) {
+                  [name](const auto &s) { return s.variable() == name; })) {
     return {};
   }
   return printable(concat(name, " is not a setting: ignored; see --help"));
@@ -7941,33 +7743,21 @@ inline std::string unknown_setting(std::string_view variable) {
 
 // ---- Settings: the command line
 
-struct CommandLine {
-  enum class Action { serve, help, version, refuse } action = Action::serve;
-  std::vector<std::string> command; // instead of Options::binary and args
-};
-
-// Our own options end with the first argument that is none, or with "--".
-inline CommandLine read_command_line(int argc, const char *const *argv) {
-  using Action = CommandLine::Action;
-  if (argc < 2) { return {}; }
-  const std::string_view first = argv[1];
-  if (first == "--help" || first == "-h") { return {Action::help, {}}; }
-  if (first == "--version") { return {Action::version, {}}; }
-  if (first != "--" && starts_with(first, "-")) {
-    return {Action::refuse, {argv[1]}};
+// A command takes the place of the program. Our own options end with the first
+// argument that is none, or with "--".
+inline void apply_command_line(int argc, const char *const *argv,
+                               Options &options) {
+  const std::string_view first = argc > 1 ? argv[1] : "--";
+  const int command = first == "--" ? 2 : 1;
+  if (command == 1 && starts_with(first, "-")) {
+    options.error = concat(first, " is not an option; see --help");
+  } else if (command < argc) {
+    options.binary = argv[command];
+    options.args.assign(argv + command + 1, argv + argc);
+    if (environment_variable("WARMPROXY_TARGET_PORT").empty()) {
+      options.target_port = 0;
+    }
   }
-  return {Action::serve, {argv + (first == "--" ? 2 : 1), argv + argc}};
-}
-
-// A command takes the place of the program. `lookup` as in read_settings().
-template <typename Lookup>
-void apply_command(std::vector<std::string> command, Options &options,
-                   Lookup &&lookup) {
-  if (command.empty()) { return; }
-  options.binary = std::move(command.front());
-  options.args.assign(std::make_move_iterator(command.begin() + 1),
-                      std::make_move_iterator(command.end()));
-  if (!lookup("WARMPROXY_TARGET_PORT")) { options.target_port = 0; }
 }
 
 inline std::string help_text() {
@@ -7982,7 +7772,7 @@ inline std::string help_text() {
       "is its port. The settings are variables of the environment:\n"
       "\n";
   for (const auto &setting : settings) {
-    std::string name = setting.variable;
+    auto name = setting.variable();
     name.resize(30, ' ');
     append(text, "  ", name, setting.help, "\n");
   }
@@ -8134,15 +7924,8 @@ inline void open_standard_descriptors() {
 }
 
 // The settings as serve() uses them. Throws std::invalid_argument.
-inline Config serve_config(Options options, CommandLine command_line,
-                           bool on_vercel) {
-  const auto lookup = [](const char *name) { return std::getenv(name); };
-  if (command_line.action == CommandLine::Action::refuse) {
-    throw std::invalid_argument(
-        concat(command_line.command[0], " is not an option; see --help"));
-  }
-  apply_command(std::move(command_line.command), options, lookup);
-  if (on_vercel) { adapt_to_vercel(options, lookup); }
+inline Config serve_config(Options options, bool on_vercel) {
+  if (on_vercel) { adapt_to_vercel(options); }
   const auto error = validate(options);
   if (!error.empty()) { throw std::invalid_argument(error); }
   const auto reason = explain_unrunnable(options.binary);
@@ -8304,16 +8087,16 @@ inline void Proxy::Impl::serve(const sigset_t &signals, detail::Vercel *vercel,
 }
 
 inline int serve(Options options, int argc, const char *const *argv) {
-  using Action = detail::CommandLine::Action;
   const auto began = detail::SteadyClock::now();
   detail::open_standard_descriptors();
-  auto command_line = detail::read_command_line(argc, argv);
-  if (command_line.action == Action::help) {
+  const std::string_view argument = argc > 1 ? argv[1] : "";
+  if (argument == "--help" || argument == "-h") {
     return std::fputs(detail::help_text().c_str(), stdout) < 0;
   }
-  if (command_line.action == Action::version) {
+  if (argument == "--version") {
     return std::puts("warmproxy " WARMPROXY_VERSION) < 0;
   }
+  detail::apply_command_line(argc, argv, options);
 
   const auto signals = detail::block_signals();
   const detail::Log log(options);
@@ -8326,10 +8109,9 @@ inline int serve(Options options, int argc, const char *const *argv) {
   };
   try {
     vercel = detail::Vercel::connect(log);
-    Proxy::Impl proxy(detail::serve_config(std::move(options),
-                                           std::move(command_line),
-                                           vercel != nullptr),
-                      vercel.get());
+    Proxy::Impl proxy(
+        detail::serve_config(std::move(options), vercel != nullptr),
+        vercel.get());
     detail::raise_file_limit(); // the target keeps what we were given
     proxy.serve(signals, vercel.get(), began);
     return 0;

@@ -618,62 +618,53 @@ TEST_CASE("settings: a Proxy takes the largest and the smallest values") {
 // ---- the command line -------------------------------------------------------
 
 TEST_CASE("command line: what its arguments mean") {
-  using warmproxy::detail::CommandLine;
-  using Action = CommandLine::Action;
   const struct {
     Words arguments;
-    Action action;
-    Words command;
+    Words command; // empty: the program stays
+    bool refused = false;
   } cases[] = {
-      {{}, Action::serve, {}},
-      {{"./server"}, Action::serve, {"./server"}},
-      {{"./server", "--port", "{port}"},
-       Action::serve,
-       {"./server", "--port", "{port}"}},
+      {{}, {}},
+      {{"./server"}, {"./server"}},
+      {{"./server", "--port", "{port}"}, {"./server", "--port", "{port}"}},
       // Behind the program, everything is its own.
-      {{"server", "--help"}, Action::serve, {"server", "--help"}},
-      {{"server", "--", "-x"}, Action::serve, {"server", "--", "-x"}},
-      {{"--"}, Action::serve, {}},
-      {{"--", "server", "a"}, Action::serve, {"server", "a"}},
-      {{"--", "-server"}, Action::serve, {"-server"}},
-      {{"--", "--"}, Action::serve, {"--"}},
-      {{""}, Action::serve, {""}},
-      {{"--help"}, Action::help, {}},
-      {{"-h"}, Action::help, {}},
-      {{"--version"}, Action::version, {}},
-      {{"-x"}, Action::refuse, {"-x"}},
-      {{"-"}, Action::refuse, {"-"}},
-      {{"--port", "80"}, Action::refuse, {"--port"}},
-      {{"--help=me"}, Action::refuse, {"--help=me"}},
+      {{"server", "--help"}, {"server", "--help"}},
+      {{"server", "--", "-x"}, {"server", "--", "-x"}},
+      {{"--"}, {}},
+      {{"--", "server", "a"}, {"server", "a"}},
+      {{"--", "-server"}, {"-server"}},
+      {{"--", "--"}, {"--"}},
+      {{""}, {""}},
+      {{"-x"}, {}, true},
+      {{"-"}, {}, true},
+      {{"--port", "80"}, {}, true},
+      {{"--help=me"}, {}, true},
   };
-  for (const auto &c : cases) {
-    std::vector<const char *> argv{"warmproxy"};
-    for (const auto &argument : c.arguments) {
-      argv.push_back(argument.c_str());
-    }
-    const auto argc = static_cast<int>(argv.size());
-    argv.push_back(nullptr);
-    const auto line = warmproxy::detail::read_command_line(argc, argv.data());
-    CHECK(line.action == c.action);
-    CHECK(line.command == c.command);
-  }
-  CHECK(warmproxy::detail::read_command_line(0, nullptr).command.empty());
-}
-
-TEST_CASE("command line: a command replaces the program") {
   for (const bool with_port : {false, true}) {
-    auto options = defaults();
-    warmproxy::detail::apply_command(
-        {"./server", "a", "b"}, options, [&](const std::string &name) {
-          return with_port && name == "WARMPROXY_TARGET_PORT" ? "80" : nullptr;
-        });
-    CHECK(options.binary == "./server");
-    CHECK(options.args == Words{"a", "b"});
-    CHECK(options.target_port == (with_port ? 11111 : 0));
+    const Variables environment(
+        with_port ? Environment{{"WARMPROXY_TARGET_PORT", "80"}}
+                  : Environment{});
+    for (const auto &c : cases) {
+      std::vector<const char *> argv{"warmproxy"};
+      for (const auto &argument : c.arguments) {
+        argv.push_back(argument.c_str());
+      }
+      const auto argc = static_cast<int>(argv.size());
+      argv.push_back(nullptr);
+      auto options = defaults(), expected = defaults();
+      if (!c.command.empty()) {
+        expected.binary = c.command[0];
+        expected.args.assign(c.command.begin() + 1, c.command.end());
+        if (!with_port) { expected.target_port = 0; }
+      }
+      if (c.refused) {
+        expected.error = c.arguments[0] + " is not an option; see --help";
+      }
+      warmproxy::detail::apply_command_line(argc, argv.data(), options);
+      CHECK(all_fields(options) == all_fields(expected));
+    }
   }
   auto options = defaults();
-  warmproxy::detail::apply_command(
-      {}, options, [](const char *) -> const char * { return nullptr; });
+  warmproxy::detail::apply_command_line(0, nullptr, options);
   CHECK(all_fields(options) == all_fields(defaults()));
 }
 

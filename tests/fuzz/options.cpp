@@ -123,7 +123,7 @@ std::optional<std::int64_t> milliseconds(const std::string &text) {
   const auto number = reference::decimal(text.substr(0, unit));
   if (!number) { return {}; }
   if (unit == std::string::npos) {
-    return *number ? std::nullopt : std::optional<std::int64_t>(0);
+    return text == "0" ? std::optional<std::int64_t>(0) : std::nullopt;
   }
   const std::map<std::string, double> units = {
       {"ms", 1}, {"s", 1e3}, {"m", 6e4}, {"h", 3.6e6}, {"d", 8.64e7}};
@@ -149,12 +149,9 @@ bool in_a_line(const std::string &text) {
 bool is_origin(const std::string &text) {
   const auto scheme_end = text.find("://");
   if (scheme_end == std::string::npos) { return text == "*" || text == "null"; }
-  auto host = text.substr(scheme_end + 3);
-  if (host.empty() || host.find('*') != std::string::npos) { return false; }
-  for (auto &c : host) {
-    if (c == '[' || c == ']' || c == ':') { c = 'x'; }
-  }
-  return reference::token(text.substr(0, scheme_end)) && reference::token(host);
+  const auto host = text.substr(scheme_end + 3);
+  return reference::token(text.substr(0, scheme_end)) && !host.empty() &&
+         in_a_line(host) && without(host, "/*@");
 }
 
 bool read_flag(const std::string &value, bool &flag) {
