@@ -5266,7 +5266,6 @@ inline constexpr std::string_view page_head = R"html(<!doctype html>
 <html lang="%lang">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="robots" content="noindex">
 <link rel="icon" href="data:,">
 <style>
 :root { color-scheme: light dark }
@@ -5277,10 +5276,10 @@ h1 { margin: 0 0 .35em; font-size: 1.45rem; line-height: 1.25 }
 p { margin: 0 0 1.5rem; overflow-wrap: anywhere }
 p::first-letter { text-transform: uppercase }
 small { font-size: .9rem; font-variant-numeric: tabular-nums }
-#bar { height: 3px; margin-bottom: .9rem; border: 1px solid #c2410c; border-radius: 3px; animation: go 1.6s ease-in-out infinite alternate;
+#bar { height: 3px; margin-bottom: .9rem; border: 1px solid #c2410c; border-radius: 3px;
   background: linear-gradient(#c2410c, #c2410c) 0 0 / 35% 100% no-repeat }
 @keyframes go { to { background-position: 100% 0 } }
-@media (prefers-reduced-motion: reduce) { #bar { animation: none; background-size: 100% 100% } }
+@media (prefers-reduced-motion: no-preference) { #bar { animation: go 1.6s ease-in-out infinite alternate } }
 #again { padding: .6em 1.3em; font: inherit }
 #again:focus-visible { outline: 3px solid; outline-offset: 2px }
 </style>
@@ -5461,19 +5460,14 @@ inline Reply status_reply(const RequestHead &request, const Status &status) {
 
 // ---- Responses: on the wire
 
-// Without a reason where we know none: RFC 9112, section 4.
+// What we say ourselves. Of a handler's statuses we know no reason, which may
+// be empty: RFC 9112, section 4.
 inline std::string status_text(int status) {
   static constexpr std::string_view known[] = {
       "200 OK",
       "204 No Content",
-      "301 Moved Permanently",
-      "302 Found",
       "400 Bad Request",
-      "401 Unauthorized",
-      "403 Forbidden",
-      "404 Not Found",
       "408 Request Timeout",
-      "429 Too Many Requests",
       "431 Request Header Fields Too Large",
       "500 Internal Server Error",
       "501 Not Implemented",
@@ -7447,172 +7441,108 @@ inline bool split_words(std::string_view text,
   char quote = '\0';
   for (std::size_t i = 0; i < text.size(); ++i) {
     const char c = text[i];
-    const bool escapes = c == '\\' && quote != '\'';
-    if (escapes && text.substr(i + 1, 1) == "\n") {
-      ++i; // the line is continued
-      continue;
-    }
     if (!quote && (c == ' ' || c == '\t' || c == '\n')) {
       in_word = false;
       continue;
     }
+    const bool escapes = c == '\\' && quote != '\'';
+    if (escapes && ++i == text.size()) { return false; }
+    if (escapes && text[i] == '\n') { continue; } // the line is continued
     if (!std::exchange(in_word, true)) { words.emplace_back(); }
-    if (escapes) {
-      if (++i == text.size()) { return false; }
-      // Between double quotes, it escapes only these.
-      if (quote && !contains("\"\\$`", text.substr(i, 1))) {
-        words.back() += c;
-      }
-      words.back() += text[i];
-    } else if (quote ? c == quote : c == '"' || c == '\'') {
+    if (!escapes && (quote ? c == quote : c == '"' || c == '\'')) {
       quote = quote ? '\0' : c;
-    } else {
+      continue;
+    }
+    // Between double quotes, a backslash escapes only these.
+    if (escapes && quote && !contains("\"\\$`", text.substr(i, 1))) {
       words.back() += c;
     }
+    words.back() += text[i];
   }
   return !quote;
 }
 
-inline bool has_nul(std::string_view text) {
-  return contains(text, std::string_view("\0", 1));
+// ---- Settings: reading values
+
+// How a value is read from text. False if it cannot be.
+inline bool read_value(std::string_view text, std::string &value) {
+  value = text;
+  return true;
 }
 
-// ---- Settings: kinds of values
+inline bool read_value(std::string_view text, bool &value) {
+  value = list_contains("1,true,yes,on", text);
+  return value || list_contains("0,false,no,off", text);
+}
 
-// A kind of value: how to read it from text, which values are valid, and what
-// to call a valid one. A Proxy checks what a program has set by the same rules.
+inline bool read_value(std::string_view text, std::size_t &value) {
+  return to_number(text, value);
+}
 
-struct TextKind { // what the kernel or the resolver gets
-  static constexpr auto what = "text without a NUL";
-  static bool read(std::string_view text, std::string &value) {
-    value = text;
-    return true;
-  }
-  static bool is_valid(const std::string &value) { return !has_nul(value); }
-};
+inline bool read_value(std::string_view text, int &value) { // a port
+  if (text == "auto") { return value = any_port, true; }
+  return to_number(text, value);
+}
 
-struct PrefixKind : TextKind { // it goes into header lines
-  static constexpr auto what = "a path without blanks and control characters";
-  static bool is_valid(const std::string &value) {
-    return value.find_first_of(" \t") == value.npos && !has_control(value);
+template <typename Rep, typename Period>
+bool read_value(std::string_view text,
+                std::chrono::duration<Rep, Period> &value) {
+  static const std::map<std::string_view, std::int64_t> units = {
+      {"ms", 1}, {"s", 1000}, {"m", 60000}, {"h", 3600000}, {"d", 86400000}};
+  const auto digits = text.substr(0, text.find_first_not_of("0123456789"));
+  const auto unit = units.find(text == "0" ? "s" : text.substr(digits.size()));
+  std::int64_t number = 0;
+  // At most thirty years, which fit the nanoseconds of a clock.
+  if (unit == units.end() || !to_number(digits, number) ||
+      number > std::int64_t{1000000000000} / unit->second) {
+    return false;
   }
-};
+  const milliseconds time(number * unit->second);
+  value = std::chrono::duration_cast<std::remove_reference_t<decltype(value)>>(
+      time);
+  return value == time; // no half seconds where seconds are counted
+}
 
-struct PathKind : TextKind {
-  static constexpr auto what =
-      "a path that begins with '/', without blanks and control characters";
-  static bool is_valid(const std::string &value) {
-    return value.empty() || (value[0] == '/' && PrefixKind::is_valid(value));
-  }
-};
-
-struct WordsKind {
-  static constexpr auto what = "a list of arguments with all quotes closed";
-  static bool read(std::string_view text, std::vector<std::string> &value) {
-    return split_words(text, value);
-  }
-  static bool is_valid(const std::vector<std::string> &value) {
-    return std::none_of(value.begin(), value.end(), has_nul);
-  }
-};
-
-struct OriginsKind {
-  static constexpr auto what =
-      "a list of origins, such as https://example.org, or *";
-  static bool read(std::string_view text, std::vector<std::string> &value) {
-    value.clear();
-    for_each_element(text, [&](auto origin) { value.emplace_back(origin); });
-    return true;
-  }
-  static bool is_valid(const std::vector<std::string> &value) {
-    return std::all_of(value.begin(), value.end(), is_origin);
-  }
-  // RFC 6454, section 6.2: what browsers send, which has no path.
-  static bool is_origin(std::string_view text) {
-    const auto scheme = until(text, ':');
-    const auto host = text.substr(scheme.size());
-    return text == "*" || text == "null" ||
-           (is_token(scheme) && starts_with(host, "://") && host.size() > 3 &&
-            host.find_first_of("/*@ \t", 3) == host.npos && !has_control(host));
-  }
-};
-
-struct FlagKind {
-  static constexpr auto what = "1 or 0, true or false, yes or no, on or off";
-  static bool read(std::string_view text, bool &value) {
-    value = list_contains("1,true,yes,on", text);
-    return value || list_contains("0,false,no,off", text);
-  }
-  static bool is_valid(bool) { return true; }
-};
-
-struct TargetPortKind {
-  static constexpr auto what = "a port (0 to 65535) or auto";
-  static bool read(std::string_view text, int &value) {
-    if (text == "auto") { return value = any_port, true; }
-    return to_number(text, value);
-  }
-  static bool is_valid(int value) {
-    return value >= any_port && value <= 65535;
-  }
-};
-
-struct PortKind : TargetPortKind {
-  static constexpr auto what = "a port (0 to 65535)";
-  static bool is_valid(int value) { return value >= 0 && value <= 65535; }
-};
-
-struct CountKind {
-  static constexpr auto what = "a number above 0";
-  static bool read(std::string_view text, std::size_t &value) {
-    return to_number(text, value);
-  }
-  static bool is_valid(std::size_t value) { return value > 0; }
-};
-
-struct DurationKind {
-  static constexpr auto what = "a duration, such as 500ms, 45s, 10m, 2h or 30d";
-  template <typename Duration>
-  static bool read(std::string_view text, Duration &value) {
-    static const std::map<std::string_view, std::int64_t> units = {
-        {"ms", 1}, {"s", 1000}, {"m", 60000}, {"h", 3600000}, {"d", 86400000}};
-    const auto digits = text.substr(0, text.find_first_not_of("0123456789"));
-    const auto unit =
-        units.find(text == "0" ? "s" : text.substr(digits.size()));
-    std::int64_t number = 0;
-    // At most thirty years, which fit the nanoseconds of a clock.
-    if (unit == units.end() || !to_number(digits, number) ||
-        number > std::int64_t{1000000000000} / unit->second) {
-      return false;
-    }
-    const milliseconds time(number * unit->second);
-    value = std::chrono::duration_cast<Duration>(time);
-    return value == time; // no half seconds where seconds are counted
-  }
-  template <typename Duration> static bool is_valid(Duration value) {
-    return value.count() >= 0;
-  }
-};
-
-struct PositiveDurationKind : DurationKind {
-  static constexpr auto what =
-      "a duration above 0, such as 500ms, 45s, 10m, 2h or 30d";
-  static bool is_valid(milliseconds value) { return value.count() > 0; }
-};
+inline bool read_list(std::string_view text, std::vector<std::string> &value) {
+  value.clear();
+  for_each_element(text, [&](auto element) { value.emplace_back(element); });
+  return true;
+}
 
 // ---- Settings: the table
 
-// A field of Options, and what --help says of it.
+inline bool is_text(std::string_view text) { // for the kernel, the resolver
+  return !contains(text, std::string_view("\0", 1));
+}
+
+inline bool is_clean(std::string_view text) { // for header lines
+  return text.find_first_of(" \t") == text.npos && !has_control(text);
+}
+
+inline bool is_path(std::string_view text) {
+  return text.empty() || (text[0] == '/' && is_clean(text));
+}
+
+// RFC 6454, section 6.2: what browsers send, which has no path.
+inline bool is_origin(std::string_view text) {
+  const auto scheme = until(text, ':');
+  const auto host = text.substr(scheme.size());
+  return text == "*" || text == "null" ||
+         (is_token(scheme) && starts_with(host, "://") && host.size() > 3 &&
+          host.find_first_of("/*@", 3) == host.npos && is_clean(host));
+}
+
+// A field of an Options object, for as long as that lives. A Proxy checks what
+// a program has set by the same rules as the environment.
 struct Setting {
   std::string_view field;
-  std::string_view help;
   std::string_view what; // a valid value is
-  bool (*read)(std::string_view text, Options &options);
-  bool (*is_valid)(const Options &options);
+  std::function<bool(std::string_view text)> read;
+  std::function<bool()> is_valid;
 
   std::string variable() const {
-    const bool is_own = field != "host" && field != "port";
-    auto name = concat(is_own ? "WARMPROXY_" : "", field);
+    const bool is_ours = field != "host" && field != "port";
+    auto name = concat(is_ours ? "WARMPROXY_" : "", field);
     for (auto &c : name) {
       if (c >= 'a' && c <= 'z') { c = static_cast<char>(c - 32); }
     }
@@ -7620,58 +7550,60 @@ struct Setting {
   }
 };
 
-template <auto Field, typename Kind>
-constexpr Setting setting(std::string_view field, std::string_view help) {
-  return {
-      field, help, Kind::what,
-      [](std::string_view text, Options &options) {
-        return Kind::read(text, options.*Field);
-      },
-      [](const Options &options) { return Kind::is_valid(options.*Field); }};
+template <typename T, typename Check>
+Setting setting(std::string_view field, T &value, std::string_view what,
+                Check check, bool (*read)(std::string_view, T &) = read_value) {
+  return {field, what,
+          [&value, read](std::string_view text) { return read(text, value); },
+          [&value, check] { return check(value); }};
 }
 
-inline constexpr Setting settings[] = {
-    setting<&Options::binary, TextKind>("binary", "the program to run"),
-    setting<&Options::args, WordsKind>("args",
-                                       "its arguments, quoted as in a shell"),
-    setting<&Options::target_port, TargetPortKind>(
-        "target_port", "its port; 0: a free one; auto: its own choice"),
-    setting<&Options::directory, TextKind>("directory",
-                                           "its working directory"),
-    setting<&Options::scratch, TextKind>(
-        "scratch", "where to make a writable copy of that"),
-    setting<&Options::strip_prefix, PrefixKind>(
-        "strip_prefix", "path prefix to remove from requests"),
-    setting<&Options::prewarm, FlagKind>(
-        "prewarm", "1: do not wait for the first request"),
-    setting<&Options::health_path, PathKind>(
-        "health_path", "path of the readiness probe; empty: connect"),
-    setting<&Options::startup_timeout, PositiveDurationKind>(
-        "startup_timeout", "how long a start may take"),
-    setting<&Options::stop_timeout, DurationKind>(
-        "stop_timeout", "how long draining and stopping may take"),
-    setting<&Options::idle_stop, DurationKind>(
-        "idle_stop", "stop after so long without requests; 0: never"),
-    setting<&Options::background_work, DurationKind>(
-        "background_work", "Vercel: how long work goes on after writes"),
-    setting<&Options::max_connections, CountKind>(
-        "max_connections", "simultaneous client connections"),
-    setting<&Options::keep_alive_timeout, DurationKind>(
-        "keep_alive_timeout", "of idle client connections; 0: never"),
-    setting<&Options::trust_proxy, FlagKind>(
-        "trust_proxy", "1: believe forwarding headers of clients"),
-    setting<&Options::cors_origins, OriginsKind>(
-        "cors_origins", "origins that may use it, with commas; *: any"),
-    setting<&Options::cdn_cache, DurationKind>(
-        "cdn_cache", "how long a CDN may keep scripts and styles"),
-    setting<&Options::waiting_page_after, DurationKind>(
-        "waiting_page_after", "when browsers see one; 0: never"),
-    setting<&Options::status_path, PathKind>("status_path",
-                                             "path of status and metrics"),
-    setting<&Options::port, PortKind>("port",
-                                      "where we listen; 0: a free port"),
-    setting<&Options::host, TextKind>("host",
-                                      "the address on which we listen")};
+inline std::vector<Setting> settings(Options &o) {
+  const auto all = [](auto check) {
+    return [check](const std::vector<std::string> &values) {
+      return std::all_of(values.begin(), values.end(), check);
+    };
+  };
+  const auto within = [](auto least, auto most) {
+    return [=](auto value) { return value >= least && value <= most; };
+  };
+  const auto never = milliseconds::max();
+  const auto is_time = within(milliseconds(0), never);
+  const auto is_flag = [](bool) { return true; };
+  constexpr auto a_flag = "1 or 0, true or false, yes or no, on or off";
+  constexpr auto a_path = "a path that begins with '/', without blanks";
+  constexpr auto a_time = "a duration, such as 500ms, 45s, 10m, 2h or 30d";
+  return {setting("binary", o.binary, "the name or path of a program", is_text),
+          setting("args", o.args, "a list of arguments with all quotes closed",
+                  all(is_text), split_words),
+          setting("target_port", o.target_port, "a port (0 to 65535) or auto",
+                  within(any_port, 65535)),
+          setting("directory", o.directory, "the path of a directory", is_text),
+          setting("scratch", o.scratch, "the path of a directory", is_text),
+          setting("strip_prefix", o.strip_prefix, "a path without blanks",
+                  is_clean),
+          setting("prewarm", o.prewarm, a_flag, is_flag),
+          setting("health_path", o.health_path, a_path, is_path),
+          setting("startup_timeout", o.startup_timeout,
+                  "a duration above 0, such as 500ms, 45s or 10m",
+                  within(milliseconds(1), never)),
+          setting("stop_timeout", o.stop_timeout, a_time, is_time),
+          setting("idle_stop", o.idle_stop, a_time, is_time),
+          setting("background_work", o.background_work, a_time, is_time),
+          setting("max_connections", o.max_connections, "a number above 0",
+                  within(std::size_t{1}, SIZE_MAX)),
+          setting("keep_alive_timeout", o.keep_alive_timeout, a_time, is_time),
+          setting("trust_proxy", o.trust_proxy, a_flag, is_flag),
+          setting("cors_origins", o.cors_origins,
+                  "a list of origins (https://example.org), or *",
+                  all(is_origin), read_list),
+          setting("cdn_cache", o.cdn_cache, a_time,
+                  within(seconds(0), seconds::max())),
+          setting("waiting_page_after", o.waiting_page_after, a_time, is_time),
+          setting("status_path", o.status_path, a_path, is_path),
+          setting("port", o.port, "a port (0 to 65535)", within(0, 65535)),
+          setting("host", o.host, "an address", is_text)};
+}
 
 // Reads the variables for which `lookup` returns a value, not null. The first
 // one that cannot be read is named in Options::error.
@@ -7681,11 +7613,11 @@ Options read_settings(Options options, Lookup &&lookup) {
     options.args.clear();
     options.target_port = 0;
   }
-  for (const auto &setting : settings) {
+  for (const auto &setting : settings(options)) {
     const auto variable = setting.variable();
     const char *text = lookup(variable.c_str());
     if (text && options.error.empty() &&
-        !(setting.read(text, options) && setting.is_valid(options))) {
+        !(setting.read(text) && setting.is_valid())) {
       options.error = concat(variable, "=\"", text, "\" is not ", setting.what);
     }
   }
@@ -7693,10 +7625,10 @@ Options read_settings(Options options, Lookup &&lookup) {
 }
 
 // Returns nothing, or what cannot be served, naming the field.
-inline std::string validate(const Options &options) {
+inline std::string validate(Options options) {
   if (!options.error.empty()) { return options.error; }
-  for (const auto &setting : settings) {
-    if (!setting.is_valid(options)) {
+  for (const auto &setting : settings(options)) {
+    if (!setting.is_valid()) {
       return concat("Options::", setting.field, " is not ", setting.what);
     }
   }
@@ -7705,7 +7637,7 @@ inline std::string validate(const Options &options) {
   }
   auto texts = options.args; // of the target
   for (const auto &[name, value] : options.env) {
-    if (name.empty() || contains(name, "=") || has_nul(name + value)) {
+    if (name.empty() || contains(name, "=") || !is_text(name + value)) {
       return concat("Options::env has a variable that cannot exist: \"", name,
                     "\"");
     }
@@ -7717,12 +7649,11 @@ inline std::string validate(const Options &options) {
     return "Options::target_port (WARMPROXY_TARGET_PORT) is auto: {port} in "
            "Options::args or Options::env has no value";
   }
-  std::error_code error;
+  // With "/.", it must be a directory.
   if (!options.directory.empty() &&
-      !std::filesystem::is_directory(options.directory, error)) {
+      ::access((options.directory + "/.").c_str(), F_OK) != 0) {
     return concat("Options::directory (WARMPROXY_DIRECTORY) \"",
-                  options.directory,
-                  "\": ", error ? error.message() : error_text(ENOTDIR));
+                  options.directory, "\": ", error_text(errno));
   }
   return {};
 }
@@ -7731,11 +7662,13 @@ inline std::string validate(const Options &options) {
 // none; empty for all others.
 inline std::string unknown_setting(std::string_view variable) {
   const auto name = until(variable, '=');
+  Options none;
+  const auto known = settings(none);
   // Kubernetes sets the second and third for a Service named "warmproxy".
   if (!starts_with(name, "WARMPROXY_") || starts_with(name, "WARMPROXY_PORT") ||
       starts_with(name, "WARMPROXY_SERVICE_") ||
-      std::any_of(std::begin(settings), std::end(settings),
-                  [name](const auto &s) { return s.variable() == name; })) {
+      std::any_of(known.begin(), known.end(),
+                  [name](auto &s) { return s.variable() == name; })) {
     return {};
   }
   return printable(concat(name, " is not a setting: ignored; see --help"));
@@ -7762,21 +7695,18 @@ inline void apply_command_line(int argc, const char *const *argv,
 
 inline std::string help_text() {
   std::string text =
-      "warmproxy " WARMPROXY_VERSION ": a lazy-starting reverse proxy\n"
-      "\n"
+      "warmproxy " WARMPROXY_VERSION ": a lazy-starting reverse proxy\n\n"
       "Usage: warmproxy [--] [PROGRAM [ARGUMENT]...]\n"
-      "       warmproxy --help | --version\n"
-      "\n"
-      "The first request starts PROGRAM, an HTTP server; warmproxy waits\n"
-      "until it is ready and proxies everything to it. In an ARGUMENT, {port}\n"
-      "is its port. The settings are variables of the environment:\n"
-      "\n";
-  for (const auto &setting : settings) {
+      "       warmproxy --help | --version\n\n"
+      "In an ARGUMENT, {port} is PROGRAM's port. The settings are variables\n"
+      "of the environment; what they do is said at struct Options:\n\n";
+  Options none;
+  for (const auto &setting : settings(none)) {
     auto name = setting.variable();
     name.resize(30, ' ');
-    append(text, "  ", name, setting.help, "\n");
+    append(text, "  ", name, setting.what, "\n");
   }
-  return text += "\nDurations are 500ms, 45s, 10m, 2h or 30d.\n";
+  return text;
 }
 } // namespace detail
 
