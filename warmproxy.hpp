@@ -523,14 +523,20 @@ template <typename N> std::string decimal(N number) {
   return std::to_string(number);
 }
 
+// "0.9"
 template <typename Duration> std::string in_milliseconds(Duration duration) {
-  return decimal(std::chrono::duration_cast<milliseconds>(duration).count());
+  char text[40];
+  std::snprintf(text, sizeof(text), "%.1f",
+                std::chrono::duration<double, std::milli>(duration).count());
+  return text;
 }
 
+// "45" or "0.25"
 template <typename Duration> std::string in_seconds(Duration duration) {
+  const auto time = std::chrono::duration_cast<milliseconds>(duration);
   char text[40];
-  std::snprintf(text, sizeof(text), "%.2f",
-                std::chrono::duration<double>(duration).count());
+  std::snprintf(text, sizeof(text), "%.9g",
+                std::chrono::duration<double>(time).count());
   return text;
 }
 
@@ -3898,14 +3904,6 @@ private:
   std::string exit_text_; // empty: it has not exited
 };
 
-// "45" or "0.3", for texts that name a setting.
-inline std::string plain_seconds(milliseconds time) {
-  auto text = in_seconds(time);
-  text.erase(text.find_last_not_of('0') + 1);
-  if (ends_with(text, ".")) { text.pop_back(); }
-  return text;
-}
-
 // ---- Supervisor: connecting without blocking
 // ---------------------------------
 
@@ -4940,7 +4938,7 @@ inline bool Supervisor::report_listening() {
 // killed, but not if somebody has said what to ask for. Returns whether the
 // target is used.
 inline bool Supervisor::give_up() {
-  const auto time = concat(plain_seconds(config_.startup_timeout), " s");
+  const auto time = concat(in_seconds(config_.startup_timeout), " s");
   const bool settled = !finds_port() || RunningClock::now() >= settled_at_;
   if (probe_.state() == Question::State::not_yet && settled &&
       config_.health_path == "/") {
@@ -5019,7 +5017,7 @@ inline bool Supervisor::is_still_there() {
 // dialing has been refused, too. Returns whether it is left running.
 inline bool Supervisor::give_up_refusing() {
   const auto reason = concat("target has refused connections for ",
-                             plain_seconds(config_.startup_timeout),
+                             in_seconds(config_.startup_timeout),
                              " s; see WARMPROXY_STARTUP_TIMEOUT");
   bool responding = false;
   {
@@ -5070,7 +5068,7 @@ inline bool Supervisor::idle_too_long(Time &until) {
     back_off_.reset();
     state_ = State::stopping;
   }
-  log_(concat("target stopped: idle for ", plain_seconds(config_.idle_stop),
+  log_(concat("target stopped: idle for ", in_seconds(config_.idle_stop),
               " s (WARMPROXY_IDLE_STOP)"));
   return true;
 }

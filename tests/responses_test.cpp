@@ -222,7 +222,7 @@ TEST_CASE("status: JSON") {
   CHECK(reply.type == "application/json");
   CHECK(reply.body ==
         "{\"state\":\"up\",\"pid\":42,\"port\":8080,\"starts\":3,"
-        "\"last_exit\":\"\\u00229\\u0022\",\"up_seconds\":1.50,"
+        "\"last_exit\":\"\\u00229\\u0022\",\"up_seconds\":1.5,"
         "\"last_start_seconds\":0.25,\"requests\":7,\"in_flight\":1,"
         "\"connections\":2}\n");
 }
@@ -246,8 +246,8 @@ TEST_CASE("status: metrics for Prometheus") {
                    "warmproxy_target_up 1\n"));
     CHECK(contains(reply.body, "# TYPE warmproxy_target_starts_total counter\n"
                                "warmproxy_target_starts_total 3\n"));
-    for (const auto metric : {"target_uptime_seconds 0.00", "requests_total 0",
-                              "target_last_start_duration_seconds 0.00",
+    for (const auto metric : {"target_uptime_seconds 0", "requests_total 0",
+                              "target_last_start_duration_seconds 0",
                               "requests_in_flight 0", "client_connections 0"}) {
       CHECK(contains(reply.body, std::string("\nwarmproxy_") + metric + "\n"));
     }
