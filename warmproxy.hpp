@@ -5292,18 +5292,21 @@ inline constexpr std::string_view waiting_part =
 <main>
 <div role="status" aria-live="polite"><h1 id="title">%starting</h1><p id="text">%asleep</p></div>
 <div id="wait"><div id="bar" role="progressbar" aria-labelledby="title"></div><small aria-hidden="true">%waiting</small></div>
-<button id="again" onclick="location.reload()" hidden>%again</button>
+<button id="again" onclick="begin = Date.now(); show(true, '%starting', '%asleep'); ask()" hidden>%again</button>
 <script>
-const by = (id) => document.getElementById(id), begin = Date.now() - 1000 * by("time").textContent;
+const by = (id) => document.getElementById(id);
+let begin = Date.now() - 1000 * by("time").textContent;
+function show(waiting, title, text) {
+  by("wait").hidden = !waiting; by("again").hidden = waiting;
+  by("title").textContent = document.title = title; by("text").textContent = text;
+}
 async function ask() {
   try {
     const response = await fetch(location.href, { headers: { "Warmproxy-Wait": "1", Accept: "text/plain" }, cache: "no-store" });
     const text = await response.text();
     if (!text.startsWith("warmproxy: ")) return location.reload();
     if (response.status === 503) return setTimeout(ask, 1000 * response.headers.get("Retry-After"));
-    window.stop();
-    by("wait").hidden = true; by("again").hidden = false;
-    by("title").textContent = document.title = "%failed"; by("text").textContent = text.slice(11);
+    window.stop(); show(false, "%failed", text.slice(11));
   } catch { setTimeout(ask, 1000); }
 }
 setInterval(() => { by("time").textContent = Math.round((Date.now() - begin) / 1000); }, 1000);
