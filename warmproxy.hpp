@@ -7537,6 +7537,7 @@ inline bool is_origin(std::string_view text) {
 // a program has set by the same rules as the environment.
 struct Setting {
   std::string_view field;
+  std::string_view help; // what it does
   std::string_view what; // a valid value is
   std::function<bool(std::string_view text)> read;
   std::function<bool()> is_valid;
@@ -7552,9 +7553,10 @@ struct Setting {
 };
 
 template <typename T, typename Check>
-Setting setting(std::string_view field, T &value, std::string_view what,
-                Check check, bool (*read)(std::string_view, T &) = read_value) {
-  return {field, what,
+Setting setting(std::string_view field, std::string_view help, T &value,
+                std::string_view what, Check check,
+                bool (*read)(std::string_view, T &) = read_value) {
+  return {field, help, what,
           [&value, read](std::string_view text) { return read(text, value); },
           [&value, check] { return check(value); }};
 }
@@ -7574,36 +7576,54 @@ inline std::vector<Setting> settings(Options &o) {
   constexpr auto a_flag = "1 or 0, true or false, yes or no, on or off";
   constexpr auto a_path = "a path that begins with '/', without blanks";
   constexpr auto a_time = "a duration, such as 500ms, 45s, 10m, 2h or 30d";
-  return {setting("binary", o.binary, "the name or path of a program", is_text),
-          setting("args", o.args, "a list of arguments with all quotes closed",
-                  all(is_text), split_words),
-          setting("target_port", o.target_port, "a port (0 to 65535) or auto",
-                  within(any_port, 65535)),
-          setting("directory", o.directory, "the path of a directory", is_text),
-          setting("scratch", o.scratch, "the path of a directory", is_text),
-          setting("strip_prefix", o.strip_prefix, "a path without blanks",
-                  is_clean),
-          setting("prewarm", o.prewarm, a_flag, is_flag),
-          setting("health_path", o.health_path, a_path, is_path),
-          setting("startup_timeout", o.startup_timeout,
-                  "a duration above 0, such as 500ms, 45s or 10m",
-                  within(milliseconds(1), never)),
-          setting("stop_timeout", o.stop_timeout, a_time, is_time),
-          setting("idle_stop", o.idle_stop, a_time, is_time),
-          setting("background_work", o.background_work, a_time, is_time),
-          setting("max_connections", o.max_connections, "a number above 0",
-                  within(std::size_t{1}, SIZE_MAX)),
-          setting("keep_alive_timeout", o.keep_alive_timeout, a_time, is_time),
-          setting("trust_proxy", o.trust_proxy, a_flag, is_flag),
-          setting("cors_origins", o.cors_origins,
-                  "a list of origins (https://example.org), or *",
-                  all(is_origin), read_list),
-          setting("cdn_cache", o.cdn_cache, a_time,
-                  within(seconds(0), seconds::max())),
-          setting("waiting_page_after", o.waiting_page_after, a_time, is_time),
-          setting("status_path", o.status_path, a_path, is_path),
-          setting("port", o.port, "a port (0 to 65535)", within(0, 65535)),
-          setting("host", o.host, "an address", is_text)};
+  return {
+      setting("binary", "the program to run", o.binary,
+              "the name or path of a program", is_text),
+      setting("args", "its arguments, quoted as in a shell", o.args,
+              "a list of arguments with all quotes closed", all(is_text),
+              split_words),
+      setting("target_port", "its port; 0: a free one; auto: its own choice",
+              o.target_port, "a port (0 to 65535) or auto",
+              within(any_port, 65535)),
+      setting("directory", "its working directory", o.directory,
+              "the path of a directory", is_text),
+      setting("scratch", "where to make a writable copy of that", o.scratch,
+              "the path of a directory", is_text),
+      setting("strip_prefix", "path prefix to remove from requests",
+              o.strip_prefix, "a path without blanks", is_clean),
+      setting("prewarm", "1: do not wait for the first request", o.prewarm,
+              a_flag, is_flag),
+      setting("health_path", "path of the readiness probe; empty: connect",
+              o.health_path, a_path, is_path),
+      setting("startup_timeout", "how long a start may take", o.startup_timeout,
+              "a duration above 0, such as 500ms, 45s or 10m",
+              within(milliseconds(1), never)),
+      setting("stop_timeout", "how long draining and stopping may take",
+              o.stop_timeout, a_time, is_time),
+      setting("idle_stop", "stop after so long without requests; 0: never",
+              o.idle_stop, a_time, is_time),
+      setting("background_work", "Vercel: how long work goes on after writes",
+              o.background_work, a_time, is_time),
+      setting("max_connections", "simultaneous client connections",
+              o.max_connections, "a number above 0",
+              within(std::size_t{1}, SIZE_MAX)),
+      setting("keep_alive_timeout", "of idle client connections; 0: never",
+              o.keep_alive_timeout, a_time, is_time),
+      setting("trust_proxy", "1: believe forwarding headers of clients",
+              o.trust_proxy, a_flag, is_flag),
+      setting("cors_origins", "origins that may use it, with commas; *: any",
+              o.cors_origins, "a list of origins (https://example.org), or *",
+              all(is_origin), read_list),
+      setting("cdn_cache", "how long a CDN may keep scripts and styles",
+              o.cdn_cache, a_time, within(seconds(0), seconds::max())),
+      setting("waiting_page_after", "when browsers see one; 0: never",
+              o.waiting_page_after, a_time, is_time),
+      setting("status_path", "path of status and metrics", o.status_path,
+              a_path, is_path),
+      setting("port", "where we listen; 0: a free port", o.port,
+              "a port (0 to 65535)", within(0, 65535)),
+      setting("host", "the address on which we listen", o.host, "an address",
+              is_text)};
 }
 
 // Reads the variables for which `lookup` returns a value, not null. The first
@@ -7663,14 +7683,14 @@ inline std::string validate(Options options) {
 // none; empty for all others.
 inline std::string unknown_setting(std::string_view variable) {
   const auto name = until(variable, '=');
-  Options none;
-  const auto known = settings(none);
   // Kubernetes sets the second and third for a Service named "warmproxy".
   if (!starts_with(name, "WARMPROXY_") || starts_with(name, "WARMPROXY_PORT") ||
-      starts_with(name, "WARMPROXY_SERVICE_") ||
-      std::any_of(known.begin(), known.end(),
-                  [name](auto &s) { return s.variable() == name; })) {
+      starts_with(name, "WARMPROXY_SERVICE_")) {
     return {};
+  }
+  Options none;
+  for (const auto &setting : settings(none)) {
+    if (setting.variable() == name) { return {}; }
   }
   return printable(concat(name, " is not a setting: ignored; see --help"));
 }
@@ -7700,12 +7720,12 @@ inline std::string help_text() {
       "Usage: warmproxy [--] [PROGRAM [ARGUMENT]...]\n"
       "       warmproxy --help | --version\n\n"
       "In an ARGUMENT, {port} is PROGRAM's port. The settings are variables\n"
-      "of the environment; what they do is said at struct Options:\n\n";
+      "of the environment:\n\n";
   Options none;
   for (const auto &setting : settings(none)) {
     auto name = setting.variable();
     name.resize(30, ' ');
-    append(text, "  ", name, setting.what, "\n");
+    append(text, "  ", name, setting.help, "\n");
   }
   return text;
 }
