@@ -2048,6 +2048,10 @@ inline void write_response_head(const RequestHead &request,
 
 // ---- Net: descriptors, clocks, buffers, the event loop ----------------------
 
+[[noreturn]] inline void throw_errno(const char *what) {
+  throw std::system_error(errno, std::generic_category(), what);
+}
+
 class Descriptor {
 public:
   Descriptor() = default;
@@ -2071,32 +2075,18 @@ private:
   int fd_ = -1;
 };
 
-// Calls `function` with each descriptor from `first` on that may be open.
-template <typename F> void for_each_descriptor(int first, F function) {
+// Closes the descriptors from `first` on, at once or on exec.
+inline void close_from(int first, bool on_exec) {
+#if defined(__linux__) && defined(SYS_close_range)
+  const unsigned flags = on_exec ? 4 : 0; // CLOSE_RANGE_CLOEXEC
+  if (::syscall(SYS_close_range, first, ~0U, flags) == 0) { return; }
+#endif
   rlimit files{};
   ::getrlimit(RLIMIT_NOFILE, &files);
   const auto end = static_cast<int>(std::min<rlim_t>(files.rlim_cur, 65536));
   for (int fd = first; fd < end; ++fd) {
-    function(fd);
+    on_exec ? ::fcntl(fd, F_SETFD, FD_CLOEXEC) : ::close(fd);
   }
-}
-
-inline bool close_range(int first, unsigned flags) {
-#if defined(__linux__) && defined(SYS_close_range)
-  return ::syscall(SYS_close_range, first, ~0U, flags) == 0;
-#else
-  return static_cast<void>(first), static_cast<void>(flags), false;
-#endif
-}
-
-inline void close_from(int first) {
-  if (close_range(first, 0)) { return; }
-  for_each_descriptor(first, ::close);
-}
-
-inline void close_from_on_exec(int first) {
-  if (close_range(first, 4)) { return; } // CLOSE_RANGE_CLOEXEC
-  for_each_descriptor(first, [](int fd) { ::fcntl(fd, F_SETFD, FD_CLOEXEC); });
 }
 
 inline bool make_pipe(Descriptor &reading, Descriptor &writing) {
@@ -2130,11 +2120,9 @@ public:
   explicit Log(const Options &options) : function_(options.log) {
     struct stat file = {};
     if (function_ || ::fstat(STDERR_FILENO, &file) != 0) { return; }
-    is_socket_ = S_ISSOCK(file.st_mode);
-    may_block_ = S_ISFIFO(file.st_mode) || S_ISCHR(file.st_mode);
     // An open file description of our own: O_NONBLOCK on descriptor 2 itself
     // would be shared with the target.
-    if (may_block_) {
+    if (S_ISFIFO(file.st_mode) || S_ISCHR(file.st_mode)) {
       own_.reset(::open("/proc/self/fd/2",
                         O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC));
     }
@@ -2143,42 +2131,26 @@ public:
   void operator()(std::string_view line) const {
     try {
       if (function_) { return function_(line); }
-      write_line(line);
+      const auto dropped = dropped_.exchange(0);
+      std::string text;
+      if (dropped) {
+        append(text, "[warmproxy] ", decimal(dropped),
+               " log lines dropped: stderr was full\n");
+      }
+      append(text, "[warmproxy] ", line, "\n");
+      if (!write_text(text)) { dropped_ += dropped + 1; }
     } catch (...) {} // a log must not end what it reports
   }
 
 private:
-  void write_line(std::string_view line) const {
-    const auto dropped = dropped_.load();
-    std::string text;
-    if (dropped) {
-      append(text, "[warmproxy] ", decimal(dropped),
-             " log lines dropped: stderr was full\n");
-    }
-    append(text, "[warmproxy] ", line, "\n");
-    if (write_text(text)) {
-      dropped_ -= dropped;
-    } else {
-      ++dropped_;
-    }
-  }
-
   // In one call, so that lines of several threads and the target do not mix.
   bool write_text(const std::string &text) const {
-    if (is_socket_) {
-      return ::send(STDERR_FILENO, text.data(), text.size(),
-                    MSG_DONTWAIT | MSG_NOSIGNAL) > 0;
-    }
-    if (may_block_ && !own_) {
-      pollfd out{STDERR_FILENO, POLLOUT, 0};
-      if (::poll(&out, 1, 0) <= 0) { return false; }
-    }
-    const int fd = own_ ? own_.get() : STDERR_FILENO;
-    return ::write(fd, text.data(), text.size()) > 0;
+    pollfd out{own_ ? own_.get() : STDERR_FILENO, POLLOUT, 0};
+    return ::poll(&out, 1, 0) > 0 &&
+           ::write(out.fd, text.data(), text.size()) > 0;
   }
 
   const std::function<void(std::string_view)> function_;
-  bool is_socket_ = false, may_block_ = false;
   Descriptor own_;
   mutable std::atomic<std::size_t> dropped_{0};
 };
@@ -2194,23 +2166,17 @@ inline constexpr milliseconds max_wait{1000};
 // longer silence is a gap, of which two seconds are counted.
 struct RunningClock {
   using duration = std::chrono::nanoseconds;
-  using rep = duration::rep;
-  using period = duration::period;
   using time_point = std::chrono::time_point<RunningClock>;
-  static constexpr bool is_steady = true;
 
   static time_point now() {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    static std::mutex mutex;
+    static duration last{0}, running{0};
+    const std::lock_guard<std::mutex> lock(mutex);
     const auto real = SteadyClock::now().time_since_epoch();
-    running_ += last_.count() ? std::min<duration>(real - last_, 2 * max_wait)
-                              : duration(1);
-    last_ = real;
-    return time_point(running_);
+    running += std::min<duration>(real - last, 2 * max_wait);
+    last = real;
+    return time_point(running);
   }
-
-private:
-  static inline std::mutex mutex_;
-  static inline duration last_{0}, running_{0};
 };
 
 using Time = RunningClock::time_point;
@@ -2221,37 +2187,35 @@ inline milliseconds clamped(milliseconds time) {
                                   std::chrono::hours(24 * 365 * 30));
 }
 
-inline Time later(Time from, milliseconds time) {
-  return time == milliseconds::max() ? Time::max() : from + clamped(time);
-}
+inline Time later(Time from, milliseconds time) { return from + clamped(time); }
 
 inline Time after(milliseconds time) {
   return later(RunningClock::now(), time);
 }
 
-// What is left until `until`, at most `max_wait`; negative: for ever.
-template <typename Clock>
-std::chrono::nanoseconds
-time_left(std::chrono::time_point<Clock, std::chrono::nanoseconds> until) {
-  if (until == decltype(until)::max()) { return std::chrono::nanoseconds(-1); }
+// What is left until `until`, at most `max_wait`; -1 ms: for ever.
+template <typename T> std::chrono::nanoseconds time_left(T until) {
+  if (until == T::max()) { return milliseconds(-1); }
   return std::clamp<std::chrono::nanoseconds>(
-      until - Clock::now(), std::chrono::nanoseconds(0), max_wait);
+      until - T::clock::now(), std::chrono::nanoseconds(0), max_wait);
+}
+
+// The same for poll(2) and its kin.
+template <typename T> int poll_timeout(T until) {
+  return static_cast<int>(
+      std::chrono::ceil<milliseconds>(time_left(until)).count());
 }
 
 // Waits until one of `fds` is ready or until `until`, but at most `max_wait`.
 // Returns whether one is ready.
-template <typename Clock>
-bool wait_for(pollfd *fds, std::size_t count,
-              std::chrono::time_point<Clock, std::chrono::nanoseconds> until) {
-  const auto left = time_left(until);
+template <typename T> bool wait_for(pollfd *fds, std::size_t count, T until) {
 #ifdef __linux__ // readiness is probed every 250 us, and poll(2) counts in ms
+  const auto left = time_left(until);
   const timespec time{static_cast<time_t>(left.count() / 1000000000),
                       static_cast<long>(left.count() % 1000000000)};
   return ::ppoll(fds, count, left.count() < 0 ? nullptr : &time, nullptr) > 0;
 #else
-  const auto time = std::chrono::ceil<milliseconds>(left).count();
-  return ::poll(fds, static_cast<nfds_t>(count),
-                left.count() < 0 ? -1 : static_cast<int>(time)) > 0;
+  return ::poll(fds, static_cast<nfds_t>(count), poll_timeout(until)) > 0;
 #endif
 }
 
@@ -2269,44 +2233,37 @@ struct Endpoint { // on the loopback interface
 struct SocketAddress {
   SocketAddress() = default;
   explicit SocketAddress(const Endpoint &endpoint) {
+    in.sin_family = endpoint.ipv6 ? AF_INET6 : AF_INET;
+    in.sin_port = htons(static_cast<std::uint16_t>(endpoint.port));
     if (endpoint.ipv6) {
-      auto &in6 = reinterpret_cast<sockaddr_in6 &>(storage);
-      in6.sin6_family = AF_INET6;
       in6.sin6_addr = in6addr_loopback;
-      in6.sin6_port = htons(static_cast<std::uint16_t>(endpoint.port));
       size = sizeof(in6);
     } else {
-      auto &in = reinterpret_cast<sockaddr_in &>(storage);
-      in.sin_family = AF_INET;
       in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-      in.sin_port = htons(static_cast<std::uint16_t>(endpoint.port));
       size = sizeof(in);
     }
   }
 
-  sockaddr *get() { return reinterpret_cast<sockaddr *>(&storage); }
-
-  int port() const { // at the same place for both families
-    return ntohs(reinterpret_cast<const sockaddr_in &>(storage).sin_port);
-  }
-
+  sockaddr *get() { return &any; }
+  int port() const { return ntohs(in.sin_port); }
   // An IPv4 address on a dual-stack socket is told as what it is.
   std::string text() const {
     char text[INET6_ADDRSTRLEN] = "";
-    if (storage.ss_family == AF_INET6) {
-      const auto &in6 = reinterpret_cast<const sockaddr_in6 &>(storage);
-      ::inet_ntop(AF_INET6, &in6.sin6_addr, text, sizeof(text));
-    } else {
-      const auto &in = reinterpret_cast<const sockaddr_in &>(storage);
+    if (in.sin_family == AF_INET) {
       ::inet_ntop(AF_INET, &in.sin_addr, text, sizeof(text));
+    } else {
+      ::inet_ntop(AF_INET6, &in6.sin6_addr, text, sizeof(text));
     }
-    const std::string_view mapped = "::ffff:";
-    return starts_with(text, mapped) && contains(text, ".")
-               ? text + mapped.size()
-               : text;
+    const bool mapped = starts_with(text, "::ffff:") && contains(text, ".");
+    return text + (mapped ? 7 : 0);
   }
 
-  sockaddr_storage storage{};
+  union { // family and port are at the same place for both families
+    sockaddr_storage storage{};
+    sockaddr any;
+    sockaddr_in in;
+    sockaddr_in6 in6;
+  };
   socklen_t size = sizeof(storage);
 };
 
@@ -2325,7 +2282,7 @@ inline Descriptor new_socket(int family) {
 // errno, if the connect failed at once.
 inline Descriptor dial(const Endpoint &endpoint) {
   SocketAddress address(endpoint), self;
-  auto fd = new_socket(address.storage.ss_family);
+  auto fd = new_socket(address.in.sin_family);
   if (!fd) { return fd; }
   set_option(fd.get(), IPPROTO_TCP, TCP_NODELAY, 1);
   ::fcntl(fd.get(), F_SETFL, O_NONBLOCK);
@@ -2354,23 +2311,22 @@ inline int connect_error(int fd) {
   return error;
 }
 
-inline bool bind_loopback(Descriptor &fd, SocketAddress &address) {
-  fd = new_socket(address.storage.ss_family);
-  return fd && ::bind(fd.get(), address.get(), address.size) == 0 &&
-         ::getsockname(fd.get(), address.get(), &address.size) == 0;
+// The port that a socket can be bound to; 0, and errno, if there is none.
+inline int bindable_port(const Endpoint &endpoint) {
+  SocketAddress address(endpoint);
+  const auto fd = new_socket(address.in.sin_family);
+  const bool bound = fd && ::bind(fd.get(), address.get(), address.size) == 0 &&
+                     ::getsockname(fd.get(), address.get(), &address.size) == 0;
+  return bound ? address.port() : 0;
 }
 
 // A port that is free on 127.0.0.1 and on ::1, as far as the machine has them;
 // 0 if there is none.
 inline int free_port() {
   for (int attempt = 0; attempt < 100; ++attempt) {
-    Descriptor fd, fd6;
-    SocketAddress any(Endpoint{false, 0}), any6(Endpoint{true, 0});
-    if (!bind_loopback(fd, any)) {
-      return bind_loopback(fd6, any6) ? any6.port() : 0;
-    }
-    SocketAddress same(Endpoint{true, any.port()});
-    if (bind_loopback(fd6, same) || errno != EADDRINUSE) { return any.port(); }
+    const int port = bindable_port({false, 0});
+    if (!port) { return bindable_port({true, 0}); }
+    if (bindable_port({true, port}) || errno != EADDRINUSE) { return port; }
   }
   return 0;
 }
@@ -2395,9 +2351,7 @@ struct Socket {
 // thread that was woken calls drain().
 struct Wakeup {
   Wakeup() {
-    if (!make_pipe(socket.fd, writing_)) {
-      throw std::system_error(errno, std::generic_category(), "pipe");
-    }
+    if (!make_pipe(socket.fd, writing_)) { throw_errno("pipe"); }
     ::fcntl(socket.fd.get(), F_SETFL, O_NONBLOCK);
     ::fcntl(writing_.get(), F_SETFL, O_NONBLOCK);
   }
@@ -2418,135 +2372,89 @@ private:
   Descriptor writing_;
 };
 
-// Event notification. Sockets are registered once, edge-triggered, because
-// changing the interest set costs as much as a read.
+// Event notification.
+//   add     false, and errno, if the kernel has no room for the socket
+//   remove  needed even before a close: a child that was just forked holds the
+//           socket open until execve(2), and events for it would go on
+//   wait    waits until `until`, but at most `max_wait`, notes in the sockets
+//           what they are ready for, and lists those that had an event
+#ifdef __linux__
+// Sockets are registered once, edge-triggered, because changing the interest
+// set costs as much as a read.
 class Poller {
 public:
-  Poller();
-
-  // False, and errno, if the kernel has no room for it.
-  bool add(Socket &socket);
-  // Needed even before a close: a child that was just forked holds the socket
-  // open until execve(2), and events for it would go on.
-  void remove(Socket &socket);
-  // Waits for an event until `until`, but at most `max_wait`.
-  void wait(Time until);
-  // The next socket with an event, or null.
-  Socket *next();
+  Poller() {
+    if (!epoll_) { throw_errno("epoll_create1"); }
+  }
+  bool add(Socket &socket) {
+    epoll_event event{};
+    event.events = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET;
+    event.data.ptr = &socket;
+    return control(EPOLL_CTL_ADD, socket, &event);
+  }
+  void remove(Socket &socket) { control(EPOLL_CTL_DEL, socket, nullptr); }
+  void wait(Time until, std::vector<Socket *> &sockets) {
+    epoll_event events[256];
+    const int count =
+        ::epoll_wait(epoll_.get(), events, 256, poll_timeout(until));
+    for (int i = 0; i < count; ++i) {
+      const auto what = events[i].events;
+      auto &socket = *static_cast<Socket *>(events[i].data.ptr);
+      socket.broken |= (what & (EPOLLHUP | EPOLLERR)) != 0;
+      // EPOLLPRI: recv(2) stops short of urgent data as it does of the end.
+      socket.ended |= socket.broken || (what & (EPOLLRDHUP | EPOLLPRI));
+      socket.readable |= socket.ended || (what & EPOLLIN);
+      socket.writable |= socket.broken || (what & EPOLLOUT);
+      sockets.push_back(&socket);
+    }
+  }
 
 private:
-#ifdef __linux__
-  Descriptor epoll_;
-#else
-  std::vector<Socket *> sockets_;
-#endif
-  std::vector<Socket *> events_;
-  std::size_t next_ = 0;
+  bool control(int operation, const Socket &socket, epoll_event *event) {
+    return ::epoll_ctl(epoll_.get(), operation, socket.fd.get(), event) == 0;
+  }
+
+  const Descriptor epoll_{::epoll_create1(EPOLL_CLOEXEC)};
 };
-
-inline int poll_timeout(Time until) {
-  const auto left = time_left(until);
-  return left.count() < 0
-             ? -1
-             : static_cast<int>(std::chrono::ceil<milliseconds>(left).count());
-}
-
-inline Socket *Poller::next() {
-  while (next_ < events_.size()) {
-    if (const auto socket = events_[next_++]) { return socket; }
-  }
-  return nullptr;
-}
-
-#ifdef __linux__
-inline Poller::Poller() : epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
-  if (!epoll_) {
-    throw std::system_error(errno, std::generic_category(), "epoll_create1");
-  }
-}
-
-inline bool Poller::add(Socket &socket) {
-  epoll_event event{};
-  event.events = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET;
-  event.data.ptr = &socket;
-  return ::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, socket.fd.get(), &event) == 0;
-}
-
-inline void Poller::remove(Socket &socket) {
-  ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, socket.fd.get(), nullptr);
-  std::replace(events_.begin(), events_.end(), &socket,
-               static_cast<Socket *>(nullptr));
-}
-
-inline void Poller::wait(Time until) {
-  std::array<epoll_event, 256> events;
-  const int count =
-      ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()),
-                   poll_timeout(until));
-  events_.clear();
-  next_ = 0;
-  for (int i = 0; i < count; ++i) {
-    const auto what = events[static_cast<std::size_t>(i)].events;
-    auto &socket =
-        *static_cast<Socket *>(events[static_cast<std::size_t>(i)].data.ptr);
-    socket.broken |= (what & (EPOLLHUP | EPOLLERR)) != 0;
-    // EPOLLPRI: recv(2) stops short of urgent data as it does of the end.
-    socket.ended |= socket.broken || (what & (EPOLLRDHUP | EPOLLPRI));
-    socket.readable |= socket.ended || (what & EPOLLIN);
-    socket.writable |= socket.broken || (what & EPOLLOUT);
-    events_.push_back(&socket);
-  }
-}
 #else
-inline Poller::Poller() = default;
-
-inline bool Poller::add(Socket &socket) {
-  sockets_.push_back(&socket);
-  return true;
-}
-
-inline void Poller::remove(Socket &socket) {
-  sockets_.erase(std::remove(sockets_.begin(), sockets_.end(), &socket),
-                 sockets_.end());
-  std::replace(events_.begin(), events_.end(), &socket,
-               static_cast<Socket *>(nullptr));
-}
-
-inline void Poller::wait(Time until) {
-  std::vector<pollfd> fds;
-  for (const auto socket : sockets_) {
-    fds.push_back({socket->fd.get(),
-                   static_cast<short>((socket->readable ? 0 : POLLIN) |
-                                      (socket->writable ? 0 : POLLOUT)),
-                   0});
-    // Exclude it, or poll() would report POLLHUP forever. Until then it may
-    // still report a reset.
-    if (!fds.back().events && socket->ended) { fds.back().fd = -1; }
+class Poller {
+public:
+  bool add(Socket &socket) {
+    watched_.push_back(&socket);
+    return true;
   }
-  events_.clear();
-  next_ = 0;
-  const int count =
-      ::poll(fds.data(), static_cast<nfds_t>(fds.size()), poll_timeout(until));
-  if (count < 0 && errno != EINTR) { ::poll(nullptr, 0, 10); } // never spin
-  for (std::size_t i = 0; count > 0 && i < fds.size(); ++i) {
-    const auto what = fds[i].revents;
-    auto &socket = *sockets_[i];
-    if (!what) { continue; }
-    socket.broken |= (what & (POLLERR | POLLNVAL)) != 0;
-    socket.ended |= socket.broken || (what & POLLHUP);
-    socket.readable |= socket.ended || (what & POLLIN);
-    socket.writable |= socket.broken || (what & POLLOUT);
-    events_.push_back(&socket);
+  void remove(Socket &socket) {
+    watched_.erase(std::remove(watched_.begin(), watched_.end(), &socket),
+                   watched_.end());
   }
-}
+  void wait(Time until, std::vector<Socket *> &sockets) {
+    std::vector<pollfd> fds;
+    for (const auto socket : watched_) {
+      const int wanted =
+          (socket->readable ? 0 : POLLIN) | (socket->writable ? 0 : POLLOUT);
+      // Exclude it, or poll() would report POLLHUP forever. Until then it may
+      // still report a reset.
+      const bool over = !wanted && socket->ended;
+      fds.push_back(
+          {over ? -1 : socket->fd.get(), static_cast<short>(wanted), 0});
+    }
+    wait_for(fds.data(), fds.size(), until);
+    for (std::size_t i = 0; i < fds.size(); ++i) {
+      const auto what = fds[i].revents;
+      auto &socket = *watched_[i];
+      if (!what) { continue; }
+      socket.broken |= (what & (POLLERR | POLLNVAL)) != 0;
+      socket.ended |= socket.broken || (what & POLLHUP);
+      socket.readable |= socket.ended || (what & POLLIN);
+      socket.writable |= socket.broken || (what & POLLOUT);
+      sockets.push_back(&socket);
+    }
+  }
+
+private:
+  std::vector<Socket *> watched_;
+};
 #endif
-
-// Whether an idle connection has neither been closed nor sent anything.
-inline bool is_silent(const Socket &socket) {
-  char byte = 0;
-  return ::recv(socket.fd.get(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 &&
-         would_block(errno);
-}
 
 // ---- Net: buffers
 
@@ -2556,18 +2464,16 @@ inline bool is_silent(const Socket &socket) {
 // CPU's cache.
 class BufferPool {
 public:
-  BufferPool() = default;
-  BufferPool(const BufferPool &) = delete;
-  BufferPool &operator=(const BufferPool &) = delete;
-  ~BufferPool() {
-    for (const auto memory : spare_) {
+  struct Unmap {
+    void operator()(char *memory) const {
       ::munmap(memory, WARMPROXY_MAX_HEAD_SIZE);
     }
-  }
+  };
+  using Memory = std::unique_ptr<char[], Unmap>;
 
-  char *take() {
+  Memory take() {
     if (!spare_.empty()) {
-      const auto memory = spare_.back();
+      auto memory = std::move(spare_.back());
       spare_.pop_back();
       return memory;
     }
@@ -2575,19 +2481,14 @@ public:
         ::mmap(nullptr, WARMPROXY_MAX_HEAD_SIZE, PROT_READ | PROT_WRITE,
                MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) { throw std::bad_alloc(); }
-    return static_cast<char *>(memory);
+    return Memory(static_cast<char *>(memory));
   }
-
-  void release(char *memory) {
-    if (spare_.size() < 16) {
-      spare_.push_back(memory);
-    } else {
-      ::munmap(memory, WARMPROXY_MAX_HEAD_SIZE);
-    }
+  void release(Memory memory) {
+    if (spare_.size() < 16) { spare_.push_back(std::move(memory)); }
   }
 
 private:
-  std::vector<char *> spare_;
+  std::vector<Memory> spare_;
 };
 
 // The buffer of one direction, as large as the largest head. It holds memory
@@ -2596,61 +2497,61 @@ class Buffer {
 public:
   explicit Buffer(BufferPool &pool) : pool_(pool) {}
   ~Buffer() { clear(); }
-  Buffer(const Buffer &) = delete;
-  Buffer &operator=(const Buffer &) = delete;
 
-  std::string_view view() const { return {data_ + begin_, end_ - begin_}; }
+  std::string_view view() const { return {data_.get() + begin_, size()}; }
   bool empty() const { return begin_ == end_; }
-  bool full() const { return end_ - begin_ == WARMPROXY_MAX_HEAD_SIZE; }
+  bool full() const { return size() == WARMPROXY_MAX_HEAD_SIZE; }
 
   void consume(std::size_t count) {
     begin_ += count;
-    if (begin_ == end_) { clear(); }
+    if (empty()) { clear(); }
   }
   // Removes the one byte at `position`.
   void erase(std::size_t position) {
-    char *at = data_ + begin_ + position;
-    std::memmove(at, at + 1, static_cast<std::size_t>(data_ + --end_ - at));
+    char *at = data_.get() + begin_ + position;
+    std::memmove(at, at + 1, size() - position - 1);
+    --end_;
   }
   void clear() {
     begin_ = end_ = 0;
-    if (data_) { pool_.release(std::exchange(data_, nullptr)); }
+    if (data_) { pool_.release(std::move(data_)); }
   }
   // `bytes` have to fit.
   void append(std::string_view bytes) {
     if (bytes.empty()) { return; }
     if (!data_) { data_ = pool_.take(); }
-    bytes.copy(data_ + end_, bytes.size());
+    bytes.copy(data_.get() + end_, bytes.size());
     end_ += bytes.size();
   }
   // Appends what has arrived, without waiting. Returns as recv(2) does.
-  ssize_t receive(Socket &socket);
+  ssize_t receive(Socket &socket) {
+    if (!data_) { data_ = pool_.take(); }
+    if (end_ == WARMPROXY_MAX_HEAD_SIZE) {
+      std::memmove(data_.get(), data_.get() + begin_, size());
+      end_ -= std::exchange(begin_, 0);
+    }
+    const auto room = std::min<std::size_t>(WARMPROXY_READ_SIZE,
+                                            WARMPROXY_MAX_HEAD_SIZE - end_);
+    const auto n =
+        ::recv(socket.fd.get(), data_.get() + end_, room, MSG_DONTWAIT);
+    const int error = errno;
+    const auto received = n > 0 ? static_cast<std::size_t>(n) : 0;
+    end_ += received;
+    // A short count means that there is no more, except for the end of the
+    // stream, which triggers no further edge.
+    socket.readable = n == 0 || received == room || (n > 0 && socket.ended);
+    if (empty()) { clear(); }
+    errno = error;
+    return n;
+  }
 
 private:
+  std::size_t size() const { return end_ - begin_; }
+
   BufferPool &pool_;
-  char *data_ = nullptr;
+  BufferPool::Memory data_;
   std::size_t begin_ = 0, end_ = 0;
 };
-
-inline ssize_t Buffer::receive(Socket &socket) {
-  if (!data_) { data_ = pool_.take(); }
-  if (end_ == WARMPROXY_MAX_HEAD_SIZE) {
-    std::memmove(data_, data_ + begin_, end_ - begin_);
-    end_ -= std::exchange(begin_, 0);
-  }
-  const auto room = std::min<std::size_t>(WARMPROXY_READ_SIZE,
-                                          WARMPROXY_MAX_HEAD_SIZE - end_);
-  const auto n = ::recv(socket.fd.get(), data_ + end_, room, MSG_DONTWAIT);
-  const int error = errno;
-  const auto received = n > 0 ? static_cast<std::size_t>(n) : 0;
-  end_ += received;
-  // A short count means that there is no more, except for the end of the
-  // stream, which triggers no further edge.
-  socket.readable = n == 0 || received == room || (n > 0 && socket.ended);
-  if (empty()) { clear(); }
-  errno = error;
-  return n;
-}
 
 // ---- Net: the event loop
 
@@ -2671,7 +2572,7 @@ public:
 
   virtual Next run() = 0;
   virtual Time deadline() const = 0;
-  // Called before run() after Loop::resume().
+  // Called before run() after Loop::post() and Loop::resume().
   virtual void resumed() {}
 
 private:
@@ -2684,152 +2585,125 @@ private:
 class Loop {
 public:
   explicit Loop(const Log &log) : log_(log) {
-    if (!poller_.add(wakeup_.socket)) {
-      throw std::system_error(errno, std::generic_category(), "epoll_ctl");
-    }
+    if (!watch(wakeup_.socket)) { throw_errno("epoll_ctl"); }
   }
 
-  // From any thread.
-  void post(std::unique_ptr<Task> task);
-  void notify();           // runs all tasks, since something has changed
-  void resume(Task &task); // which must not be destroyed before it has run
+  // From any thread:
+  void post(std::unique_ptr<Task> task) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    posted_.push_back(std::move(task));
+    posted_.back()->self_ = std::prev(posted_.end());
+    resumed_.push_back(posted_.back().get());
+    ++size_;
+    wake();
+  }
+  // Runs a task, which must not be destroyed before that.
+  void resume(Task &task) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    resumed_.push_back(&task);
+    wake();
+  }
+  // Runs all tasks posted, since something has changed.
+  void notify() {
+    notified_ = true;
+    wake();
+  }
   void wake() { wakeup_.wake(); }
   std::size_t size() const { return size_; } // of the tasks posted
 
-  // From the loop's own thread.
-  void turn(Time until); // waits once, at most `max_wait`, and handles events
+  // From the loop's own thread:
+  // Waits once, until `until` but at most `max_wait`, and handles events.
+  void turn(Time until) {
+    if (!timers_.empty()) { until = std::min(until, timers_.begin()->first); }
+    events_.clear();
+    poller_.wait(until, events_);
+    now_ = RunningClock::now();
+    // What has arrived comes before any deadline.
+    for (const auto &socket : events_) {
+      if (socket && socket->owner) { run(*socket->owner); }
+    }
+    if (wakeup_.socket.readable) { handle_wakeup(); }
+    while (!timers_.empty() && timers_.begin()->first <= now_) {
+      auto &task = *timers_.begin()->second;
+      timers_.erase(timers_.begin());
+      task.scheduled_ = Time::max();
+      run(task);
+    }
+  }
   Time now() const { return now_; } // when this turn began
-  // A task that is not the loop's own, and outlives it.
-  void attach(Task &task) { attached_.push_back(&task); }
   bool watch(Socket &socket) { return poller_.add(socket); }
-  void forget(Socket &socket) { poller_.remove(socket); }
-  // Has the task run at its deadline, which has come closer.
-  void reschedule(Task &task) { schedule(task, task.deadline()); }
-  void run_soon(Task &task) { schedule(task, now_); }
+  void forget(Socket &socket) {
+    poller_.remove(socket);
+    std::replace(events_.begin(), events_.end(), &socket,
+                 static_cast<Socket *>(nullptr));
+  }
+  // Runs the task at `when`, or earlier. A task whose deadline has moved on by
+  // then is scheduled anew: so a deadline that moves with every request is
+  // free.
+  void schedule(Task &task, Time when) {
+    when = std::max(when, now_ + std::chrono::nanoseconds(1)); // the next turn
+    if (when >= task.scheduled_) { return; }
+    timers_.erase({task.scheduled_, &task});
+    task.scheduled_ = when;
+    timers_.insert({when, &task});
+  }
 
   BufferPool buffers;
   std::function<void()> on_close; // called when a posted task is gone
 
 private:
-  void handle_wakeup();
-  void run(Task &task);
-  void schedule(Task &task, Time when);
-  void close(Task &task);
+  void handle_wakeup() {
+    wakeup_.drain();
+    std::vector<Task *> resumed;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      tasks_.splice(tasks_.end(), posted_);
+      resumed.swap(resumed_);
+    }
+    for (const auto task : resumed) {
+      task->resumed();
+      run(*task);
+    }
+    if (!notified_.exchange(false)) { return; }
+    for (auto next = tasks_.begin(); next != tasks_.end();) {
+      run(**next++);
+    }
+  }
+
+  void run(Task &task) {
+    auto next = Task::Next::close;
+    try {
+      next = task.run();
+    } catch (const std::exception &error) { // out of memory
+      log_(concat("connection aborted: ", error.what()));
+    }
+    if (next == Task::Next::close) { return close(task); }
+    schedule(task, next == Task::Next::yield ? now_ : task.deadline());
+  }
+
+  void close(Task &task) {
+    timers_.erase({task.scheduled_, &task});
+    tasks_.erase(task.self_); // destroys it
+    --size_;
+    if (on_close) { on_close(); }
+  }
 
   const Log &log_;
   Poller poller_;
   Wakeup wakeup_;
   std::atomic<bool> notified_{false};
-  std::mutex mutex_; // of the next two
-  std::vector<std::unique_ptr<Task>> posted_;
-  std::vector<Task *> resumed_;
   std::atomic<std::size_t> size_{0};
+  std::mutex mutex_; // of the next two
+  std::list<std::unique_ptr<Task>> posted_;
+  std::vector<Task *> resumed_;
 
   Time now_ = RunningClock::now();
+  std::vector<Socket *> events_; // of this turn; null: forgotten since
   std::list<std::unique_ptr<Task>> tasks_;
-  std::vector<Task *> attached_;
   std::set<std::pair<Time, Task *>> timers_;
 };
 
-inline void Loop::post(std::unique_ptr<Task> task) {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    posted_.push_back(std::move(task));
-    ++size_;
-  }
-  wake();
-}
-
-inline void Loop::notify() {
-  notified_ = true;
-  wake();
-}
-
-inline void Loop::resume(Task &task) {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    resumed_.push_back(&task);
-  }
-  wake();
-}
-
-inline void Loop::turn(Time until) {
-  if (!timers_.empty()) { until = std::min(until, timers_.begin()->first); }
-  poller_.wait(until);
-  now_ = RunningClock::now();
-  // What has arrived comes before any deadline.
-  while (const auto socket = poller_.next()) {
-    if (socket->owner) { run(*socket->owner); }
-  }
-  if (wakeup_.socket.readable) { handle_wakeup(); }
-  while (!timers_.empty() && timers_.begin()->first <= now_) {
-    auto &task = *timers_.begin()->second;
-    timers_.erase(timers_.begin());
-    task.scheduled_ = Time::max();
-    run(task);
-  }
-}
-
-inline void Loop::handle_wakeup() {
-  wakeup_.drain();
-  std::vector<std::unique_ptr<Task>> posted;
-  std::vector<Task *> resumed;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    posted.swap(posted_);
-    resumed.swap(resumed_);
-  }
-  for (auto &task : posted) {
-    tasks_.push_back(std::move(task));
-    tasks_.back()->self_ = std::prev(tasks_.end());
-    run(*tasks_.back());
-  }
-  for (const auto task : resumed) {
-    task->resumed();
-    run(*task);
-  }
-  if (!notified_.exchange(false)) { return; }
-  for (const auto task : attached_) {
-    run(*task);
-  }
-  for (auto next = tasks_.begin(); next != tasks_.end();) {
-    run(**next++);
-  }
-}
-
-inline void Loop::run(Task &task) {
-  auto next = Task::Next::close;
-  try {
-    next = task.run();
-  } catch (const std::exception &error) { // out of memory
-    log_(concat("connection aborted: ", error.what()));
-  }
-  switch (next) {
-  case Task::Next::close: return close(task);
-  case Task::Next::yield: return schedule(task, now_);
-  case Task::Next::wait: return schedule(task, task.deadline());
-  }
-}
-
-// Runs the task at `when`, or earlier. A task whose deadline has moved on by
-// then is scheduled anew: so a deadline that moves with every request is free.
-inline void Loop::schedule(Task &task, Time when) {
-  when = std::max(when, now_ + std::chrono::nanoseconds(1)); // the next turn
-  if (when >= task.scheduled_) { return; }
-  timers_.erase({task.scheduled_, &task});
-  task.scheduled_ = when;
-  timers_.insert({when, &task});
-}
-
-inline void Loop::close(Task &task) {
-  timers_.erase({task.scheduled_, &task});
-  tasks_.erase(task.self_); // destroys it
-  --size_;
-  if (on_close) { on_close(); }
-}
-
-// ---- Pool: idle upstream connections and the rules of reuse
-// ------------------
+// ---- Pool: idle upstream connections and the rules of reuse -----------------
 
 // A connection to the target, in use or idle.
 struct Upstream : Socket {
@@ -2837,230 +2711,189 @@ struct Upstream : Socket {
   const void *client = nullptr; // the only client that may use it; null: any
   bool authenticated = false;   // NTLM or Negotiate logged its client in
   Time idle_since{};
+
+  // Whether an idle one has neither been closed nor sent anything.
+  bool is_silent() const {
+    char byte = 0;
+    return ::recv(fd.get(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 &&
+           would_block(errno);
+  }
 };
 
 // The upstream connections of one event loop. Idle ones are reused from the
 // most recently used one on, which the target is least likely to have closed.
 class UpstreamPool : public Task {
 public:
-  explicit UpstreamPool(Loop &loop) : loop_(loop) { loop.attach(*this); }
+  explicit UpstreamPool(Loop &loop) : loop_(loop) {}
 
   // Watches a dialed connection, on behalf of `user`. Null, and errno, if there
   // is no room for it.
   std::unique_ptr<Upstream> open(Descriptor fd, std::uint64_t generation,
-                                 Task &user);
+                                 Task &user) {
+    auto upstream = std::make_unique<Upstream>();
+    upstream->fd = std::move(fd);
+    upstream->generation = generation;
+    upstream->owner = &user;
+    if (!loop_.watch(*upstream)) { return {}; }
+    ++open_;
+    limit();
+    return upstream;
+  }
+
   // An idle connection that `client` may use for its next request, or null.
   // What is not `repeatable` must not meet a connection that the target is just
-  // closing: only one that has been idle for less than `fresh` will do, and
-  // only if this target is known to leave idle connections open for that long.
+  // closing: only one that has been idle for less than `fresh_time` will do,
+  // and only if this target is known to leave idle ones open for that long.
   std::unique_ptr<Upstream> take(const void *client, std::uint64_t generation,
-                                 bool repeatable, Task &user);
+                                 bool repeatable, Task &user) {
+    while (auto upstream = remove_idle(client)) {
+      const bool current = upstream->generation == generation;
+      if (current && !may_use(*upstream, repeatable)) {
+        retire(std::move(upstream)); // a new one takes its place
+        return {};
+      }
+      if (current && is_open(*upstream, repeatable)) {
+        upstream->owner = &user;
+        return upstream;
+      }
+      close(std::move(upstream));
+    }
+    return {};
+  }
+
   // Makes a connection idle, for the next request.
-  void release(std::unique_ptr<Upstream> upstream);
-  void close(std::unique_ptr<Upstream> upstream);
-  // Closes a connection that could be reused but must not be. One is set aside
-  // first where it is not known yet how long the target leaves one open.
-  void retire(std::unique_ptr<Upstream> upstream);
+  void release(std::unique_ptr<Upstream> upstream) {
+    upstream->owner = this;
+    upstream->idle_since = loop_.now();
+    idle_.push_back(std::move(upstream));
+    idle_count_ = idle_.size();
+    if (idle_.size() == 1) { loop_.schedule(*this, deadline()); }
+  }
+
+  void close(std::unique_ptr<Upstream> upstream) {
+    loop_.forget(*upstream);
+    --open_;
+  }
+
+  // Closes a connection that could be reused but must not be. The first one of
+  // each target is kept, out of use, until it is known whether the target
+  // leaves it open.
+  void retire(std::unique_ptr<Upstream> upstream) {
+    const auto generation = upstream->generation;
+    if (patient_ == generation || tested_ == generation) {
+      return close(std::move(upstream));
+    }
+    tested_ = generation;
+    upstream->client = this;
+    release(std::move(upstream));
+  }
+
   // Closes what is private to a client that has gone.
-  void close_private(const void *client);
+  void close_private(const void *client) {
+    close_idle_if([client](const Upstream &upstream) {
+      return upstream.client == client;
+    });
+    limit();
+  }
 
   // From any thread: closes all idle connections, for a target that waits for
   // their end. idle_count() is 0 once that is done.
   void close_all() {
     close_all_ = true;
-    loop_.notify();
+    loop_.resume(*this);
   }
   std::size_t idle_count() const { return idle_count_; }
 
-  Next run() override;
-  Time deadline() const override;
+  Next run() override {
+    const bool close_all = close_all_.exchange(false);
+    close_idle_if([this, close_all](Upstream &upstream) {
+      const auto idle = loop_.now() - upstream.idle_since;
+      // Whatever a target sends or does on an idle connection ends it.
+      upstream.readable = upstream.readable && !upstream.is_silent();
+      if (upstream.readable || upstream.ended) {
+        if (idle < fresh_time) { patient_ = tested_ = 0; }
+        return true;
+      }
+      if (idle >= fresh_time) { patient_ = upstream.generation; }
+      return close_all || idle >= idle_timeout ||
+             (upstream.client == this && patient_ == upstream.generation);
+    });
+    return Next::wait;
+  }
+
+  Time deadline() const override {
+    if (idle_.empty()) { return Time::max(); }
+    const auto since = idle_.front()->idle_since;
+    return since +
+           (loop_.now() < since + fresh_time ? fresh_time : idle_timeout);
+  }
 
 private:
-  std::unique_ptr<Upstream> remove_idle(const void *client);
-  bool may_use(const Upstream &upstream, bool repeatable) const;
-  bool is_open(const Upstream &upstream, bool repeatable) const;
-  template <typename Condition> void close_idle_if(Condition condition);
-  void close_if_ended();
-  void limit();
+  // The client's private connection, or else the shared one used last.
+  std::unique_ptr<Upstream> remove_idle(const void *client) {
+    for (const void *wanted : {client, static_cast<const void *>(nullptr)}) {
+      const auto found =
+          std::find_if(idle_.rbegin(), idle_.rend(), [=](const auto &upstream) {
+            return upstream->client == wanted;
+          });
+      if (found == idle_.rend()) { continue; }
+      auto upstream = std::move(*found);
+      idle_.erase(std::next(found).base());
+      idle_count_ = idle_.size();
+      return upstream;
+    }
+    return {};
+  }
+
+  bool may_use(const Upstream &upstream, bool repeatable) const {
+    return repeatable || upstream.authenticated ||
+           (patient_ == upstream.generation &&
+            loop_.now() - upstream.idle_since < fresh_time);
+  }
+
+  // A target that closes an idle connection may send something first, such as a
+  // 408, which must not become the response to the next request. It has no time
+  // for that between two requests in close succession, and to look every time
+  // would be a fifth of a request's system calls.
+  bool is_open(const Upstream &upstream, bool repeatable) const {
+    if (upstream.ended) { return false; }
+    const bool just_used = loop_.now() - upstream.idle_since < milliseconds(20);
+    return (repeatable && just_used && !upstream.readable) ||
+           upstream.is_silent();
+  }
+
+  template <typename Condition> void close_idle_if(Condition condition) {
+    const auto close_this = [&](std::unique_ptr<Upstream> &upstream) {
+      if (!condition(*upstream)) { return false; }
+      close(std::move(upstream));
+      return true;
+    };
+    idle_.erase(std::remove_if(idle_.begin(), idle_.end(), close_this),
+                idle_.end());
+    idle_count_ = idle_.size();
+  }
+
+  // Leaves room for one more where clients come for one request each.
+  void limit() {
+    const auto most = loop_.size() + WARMPROXY_SPARE_UPSTREAMS;
+    if (open_ <= most) { return; }
+    close_idle_if([this, most](const Upstream &upstream) {
+      return open_ > most && upstream.client != this;
+    });
+  }
 
   static constexpr milliseconds fresh_time{1000};
   static constexpr milliseconds idle_timeout{WARMPROXY_UPSTREAM_IDLE_TIMEOUT};
 
   Loop &loop_;
   std::vector<std::unique_ptr<Upstream>> idle_; // the oldest first
-  std::unique_ptr<Upstream> evidence_;          // set aside by retire()
   // The life of the target that is known to leave idle connections open for
-  // `fresh_time`, and the one that has to be rid of them.
-  std::uint64_t patient_ = 0, impatient_ = 0;
+  // `fresh_time`, and the one for which retire() has set one aside.
+  std::uint64_t patient_ = 0, tested_ = 0;
   std::size_t open_ = 0; // connections, those in use included
   std::atomic<std::size_t> idle_count_{0};
   std::atomic<bool> close_all_{false};
 };
-
-inline std::unique_ptr<Upstream>
-UpstreamPool::open(Descriptor fd, std::uint64_t generation, Task &user) {
-  auto upstream = std::make_unique<Upstream>();
-  upstream->fd = std::move(fd);
-  upstream->generation = generation;
-  upstream->owner = &user;
-  if (!loop_.watch(*upstream)) { return {}; }
-  ++open_;
-  limit();
-  return upstream;
-}
-
-inline std::unique_ptr<Upstream> UpstreamPool::take(const void *client,
-                                                    std::uint64_t generation,
-                                                    bool repeatable,
-                                                    Task &user) {
-  while (auto upstream = remove_idle(client)) {
-    const bool current = upstream->generation == generation;
-    if (current && !may_use(*upstream, repeatable)) {
-      retire(std::move(upstream)); // a new one takes its place
-      return {};
-    }
-    if (current && is_open(*upstream, repeatable)) {
-      upstream->owner = &user;
-      return upstream;
-    }
-    close(std::move(upstream));
-  }
-  return {};
-}
-
-// The client's private connection, or else the shared one used last.
-inline std::unique_ptr<Upstream> UpstreamPool::remove_idle(const void *client) {
-  const auto find = [this](const void *wanted) {
-    return std::find_if(
-        idle_.rbegin(), idle_.rend(),
-        [wanted](const auto &upstream) { return upstream->client == wanted; });
-  };
-  auto found = find(client);
-  if (found == idle_.rend()) { found = find(nullptr); }
-  if (found == idle_.rend()) { return {}; }
-  auto upstream = std::move(*found);
-  idle_.erase(std::next(found).base());
-  --idle_count_;
-  return upstream;
-}
-
-inline bool UpstreamPool::may_use(const Upstream &upstream,
-                                  bool repeatable) const {
-  return repeatable || upstream.authenticated ||
-         (patient_ == upstream.generation &&
-          loop_.now() - upstream.idle_since < fresh_time);
-}
-
-// A target that closes an idle connection may send something first, such as a
-// 408, which must not become the response to the next request. It has no time
-// for that between two requests in close succession, and to look every time
-// would be a fifth of a request's system calls.
-inline bool UpstreamPool::is_open(const Upstream &upstream,
-                                  bool repeatable) const {
-  if (upstream.ended) { return false; }
-  const bool just_used = loop_.now() - upstream.idle_since < milliseconds(20);
-  return (repeatable && just_used && !upstream.readable) || is_silent(upstream);
-}
-
-inline void UpstreamPool::release(std::unique_ptr<Upstream> upstream) {
-  upstream->owner = this;
-  upstream->idle_since = loop_.now();
-  idle_.push_back(std::move(upstream));
-  ++idle_count_;
-  if (idle_.size() == 1) { loop_.reschedule(*this); }
-}
-
-inline void UpstreamPool::close(std::unique_ptr<Upstream> upstream) {
-  loop_.forget(*upstream);
-  --open_;
-}
-
-inline void UpstreamPool::retire(std::unique_ptr<Upstream> upstream) {
-  const auto generation = upstream->generation;
-  if (evidence_ || patient_ == generation || impatient_ == generation) {
-    return close(std::move(upstream));
-  }
-  upstream->owner = this;
-  upstream->idle_since = loop_.now();
-  evidence_ = std::move(upstream);
-  ++idle_count_;
-  loop_.reschedule(*this);
-}
-
-template <typename Condition>
-void UpstreamPool::close_idle_if(Condition condition) {
-  const auto close_this = [&](std::unique_ptr<Upstream> &upstream) {
-    if (!upstream || !condition(*upstream)) { return false; }
-    close(std::move(upstream));
-    --idle_count_;
-    return true;
-  };
-  idle_.erase(std::remove_if(idle_.begin(), idle_.end(), close_this),
-              idle_.end());
-  close_this(evidence_);
-}
-
-inline void UpstreamPool::close_private(const void *client) {
-  close_idle_if(
-      [client](const Upstream &upstream) { return upstream.client == client; });
-  limit();
-}
-
-// Leaves room for one more where clients come for one request each.
-inline void UpstreamPool::limit() {
-  const auto most = loop_.size() + WARMPROXY_SPARE_UPSTREAMS;
-  for (; open_ > most && !idle_.empty(); --idle_count_) {
-    close(std::move(idle_.front()));
-    idle_.erase(idle_.begin());
-  }
-}
-
-// Whatever a target sends or does on an idle connection ends it.
-inline void UpstreamPool::close_if_ended() {
-  close_idle_if([this](Upstream &upstream) {
-    if (!upstream.ended && !upstream.readable) { return false; }
-    if (!upstream.ended && is_silent(upstream)) {
-      upstream.readable = false;
-      return false;
-    }
-    const bool early = loop_.now() - upstream.idle_since < fresh_time;
-    if (early && patient_ == upstream.generation) { patient_ = 0; }
-    return true;
-  });
-}
-
-inline Task::Next UpstreamPool::run() {
-  if (close_all_.exchange(false)) {
-    close_idle_if([this](const Upstream &upstream) {
-      impatient_ = upstream.generation;
-      return true;
-    });
-  }
-  close_if_ended();
-  for (const auto *upstream :
-       {evidence_.get(), idle_.empty() ? nullptr : idle_.front().get()}) {
-    if (upstream && loop_.now() - upstream->idle_since >= fresh_time) {
-      patient_ = upstream->generation;
-    }
-  }
-  close_idle_if([this](const Upstream &upstream) {
-    const bool served = &upstream == evidence_.get() &&
-                        loop_.now() - upstream.idle_since >= fresh_time;
-    return served || loop_.now() - upstream.idle_since >= idle_timeout;
-  });
-  return Next::wait;
-}
-
-inline Time UpstreamPool::deadline() const {
-  auto next = evidence_ ? evidence_->idle_since + fresh_time : Time::max();
-  if (!idle_.empty()) {
-    const auto &oldest = *idle_.front();
-    const bool known = patient_ == oldest.generation;
-    next =
-        std::min(next, oldest.idle_since + (known ? idle_timeout : fresh_time));
-  }
-  return next;
-}
 
 // ---- Process: finding the program ------------------------------------------
 
@@ -3569,7 +3402,7 @@ private:
     ::setsid(); // whoever kills our process group must not kill this first
     ::dup2(pipe, 0);
     parent = ::dup2(parent, 1);
-    close_from(parent < 0 ? 1 : 2);
+    close_from(parent < 0 ? 1 : 2, false);
     pid_t group = 0;
     while (group >= 0) {
       pollfd fds[] = {{0, POLLIN, 0}, {parent, POLLIN, 0}};
@@ -3847,7 +3680,7 @@ private:
     ::sigprocmask(SIG_SETMASK, &none, nullptr);
     ::close(0); // now the next one is 0, and there is room for it
     ::open("/dev/null", O_RDONLY);
-    close_from_on_exec(3);
+    close_from(3, true);
     ::setrlimit(RLIMIT_NOFILE, &files_);
     if (::chdir(program.directory.c_str()) == 0) {
       ::execve(program.file().c_str(), argv, envp);
@@ -5992,7 +5825,7 @@ inline Task::Next IdleClients::run() {
   for (auto &entry : entries_) {
     if (wanted == 0) { break; }
     if (std::exchange(entry.asked_to_leave, true)) { continue; }
-    loop_.run_soon(*entry.connection);
+    loop_.schedule(*entry.connection, loop_.now());
     --wanted;
   }
   return Next::wait;
@@ -7025,7 +6858,7 @@ inline std::string Connection::keep_alive_line() const {
                              decimal(timeout.count() / 1000), "\r\n"));
 }
 
-inline void Connection::resumed() { returned_ = true; }
+inline void Connection::resumed() { returned_ = loan_ != nullptr; }
 
 inline Connection::Step Connection::await_return() {
   if (!returned_) {
