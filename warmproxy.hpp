@@ -2089,12 +2089,9 @@ inline void close_from(int first, bool on_exec) {
   }
 }
 
-inline bool make_pipe(Descriptor &reading, Descriptor &writing) {
+inline bool make_pipe(Descriptor &reading, Descriptor &writing, int flags = 0) {
   int ends[2];
-  if (::pipe(ends) != 0) { return false; }
-  for (const int fd : ends) {
-    ::fcntl(fd, F_SETFD, FD_CLOEXEC);
-  }
+  if (::pipe2(ends, O_CLOEXEC | flags) != 0) { return false; }
   reading.reset(ends[0]);
   writing.reset(ends[1]);
   return true;
@@ -2200,23 +2197,15 @@ template <typename T> std::chrono::nanoseconds time_left(T until) {
       until - T::clock::now(), std::chrono::nanoseconds(0), max_wait);
 }
 
-// The same for poll(2) and its kin.
-template <typename T> int poll_timeout(T until) {
-  return static_cast<int>(
-      std::chrono::ceil<milliseconds>(time_left(until)).count());
-}
-
 // Waits until one of `fds` is ready or until `until`, but at most `max_wait`.
-// Returns whether one is ready.
+// Returns whether one is ready. Not poll(2), which counts in milliseconds:
+// readiness is probed every 250 us.
 template <typename T> bool wait_for(pollfd *fds, std::size_t count, T until) {
-#ifdef __linux__ // readiness is probed every 250 us, and poll(2) counts in ms
   const auto left = time_left(until);
   const timespec time{static_cast<time_t>(left.count() / 1000000000),
                       static_cast<long>(left.count() % 1000000000)};
-  return ::ppoll(fds, count, left.count() < 0 ? nullptr : &time, nullptr) > 0;
-#else
-  return ::poll(fds, static_cast<nfds_t>(count), poll_timeout(until)) > 0;
-#endif
+  return ::ppoll(fds, static_cast<nfds_t>(count),
+                 left.count() < 0 ? nullptr : &time, nullptr) > 0;
 }
 
 // ---- Net: connecting to the target
@@ -2235,12 +2224,11 @@ struct SocketAddress {
   explicit SocketAddress(const Endpoint &endpoint) {
     in.sin_family = endpoint.ipv6 ? AF_INET6 : AF_INET;
     in.sin_port = htons(static_cast<std::uint16_t>(endpoint.port));
+    size = endpoint.ipv6 ? sizeof(in6) : sizeof(in);
     if (endpoint.ipv6) {
       in6.sin6_addr = in6addr_loopback;
-      size = sizeof(in6);
     } else {
       in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-      size = sizeof(in);
     }
   }
 
@@ -2249,11 +2237,9 @@ struct SocketAddress {
   // An IPv4 address on a dual-stack socket is told as what it is.
   std::string text() const {
     char text[INET6_ADDRSTRLEN] = "";
-    if (in.sin_family == AF_INET) {
-      ::inet_ntop(AF_INET, &in.sin_addr, text, sizeof(text));
-    } else {
-      ::inet_ntop(AF_INET6, &in6.sin6_addr, text, sizeof(text));
-    }
+    const void *address = &in.sin_addr;
+    if (in.sin_family == AF_INET6) { address = &in6.sin6_addr; }
+    ::inet_ntop(in.sin_family, address, text, sizeof(text));
     const bool mapped = starts_with(text, "::ffff:") && contains(text, ".");
     return text + (mapped ? 7 : 0);
   }
@@ -2267,14 +2253,8 @@ struct SocketAddress {
   socklen_t size = sizeof(storage);
 };
 
-inline Descriptor new_socket(int family) {
-#ifdef SOCK_CLOEXEC
-  return Descriptor(::socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0));
-#else
-  Descriptor fd(::socket(family, SOCK_STREAM, 0));
-  if (fd) { ::fcntl(fd.get(), F_SETFD, FD_CLOEXEC); }
-  return fd;
-#endif
+inline Descriptor new_socket(int family, int flags = 0) {
+  return Descriptor(::socket(family, SOCK_STREAM | SOCK_CLOEXEC | flags, 0));
 }
 
 // Starts a connect that does not block. The result may be connected already, or
@@ -2282,14 +2262,12 @@ inline Descriptor new_socket(int family) {
 // errno, if the connect failed at once.
 inline Descriptor dial(const Endpoint &endpoint) {
   SocketAddress address(endpoint), self;
-  auto fd = new_socket(address.in.sin_family);
-  if (!fd) { return fd; }
-  set_option(fd.get(), IPPROTO_TCP, TCP_NODELAY, 1);
-  ::fcntl(fd.get(), F_SETFL, O_NONBLOCK);
-  if (::connect(fd.get(), address.get(), address.size) != 0 &&
-      errno != EINPROGRESS) {
+  auto fd = new_socket(address.in.sin_family, SOCK_NONBLOCK);
+  if (!fd || (::connect(fd.get(), address.get(), address.size) != 0 &&
+              errno != EINPROGRESS)) {
     return {};
   }
+  set_option(fd.get(), IPPROTO_TCP, TCP_NODELAY, 1);
   // A connect to a port in the ephemeral range on which nobody listens can get
   // that very port as its own, and has then met itself. It is reset, or the
   // port would stay taken for a minute.
@@ -2351,9 +2329,7 @@ struct Socket {
 // thread that was woken calls drain().
 struct Wakeup {
   Wakeup() {
-    if (!make_pipe(socket.fd, writing_)) { throw_errno("pipe"); }
-    ::fcntl(socket.fd.get(), F_SETFL, O_NONBLOCK);
-    ::fcntl(writing_.get(), F_SETFL, O_NONBLOCK);
+    if (!make_pipe(socket.fd, writing_, O_NONBLOCK)) { throw_errno("pipe"); }
   }
 
   void wake() const {
@@ -2390,13 +2366,17 @@ public:
     epoll_event event{};
     event.events = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET;
     event.data.ptr = &socket;
-    return control(EPOLL_CTL_ADD, socket, &event);
+    return ::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, socket.fd.get(), &event) ==
+           0;
   }
-  void remove(Socket &socket) { control(EPOLL_CTL_DEL, socket, nullptr); }
+  void remove(Socket &socket) {
+    ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, socket.fd.get(), nullptr);
+  }
   void wait(Time until, std::vector<Socket *> &sockets) {
     epoll_event events[256];
+    const auto left = std::chrono::ceil<milliseconds>(time_left(until)).count();
     const int count =
-        ::epoll_wait(epoll_.get(), events, 256, poll_timeout(until));
+        ::epoll_wait(epoll_.get(), events, 256, static_cast<int>(left));
     for (int i = 0; i < count; ++i) {
       const auto what = events[i].events;
       auto &socket = *static_cast<Socket *>(events[i].data.ptr);
@@ -2410,10 +2390,6 @@ public:
   }
 
 private:
-  bool control(int operation, const Socket &socket, epoll_event *event) {
-    return ::epoll_ctl(epoll_.get(), operation, socket.fd.get(), event) == 0;
-  }
-
   const Descriptor epoll_{::epoll_create1(EPOLL_CLOEXEC)};
 };
 #else
@@ -2565,11 +2541,7 @@ public:
     close  // it is finished: destroy it (only for tasks that were posted)
   };
 
-  Task() = default;
-  Task(const Task &) = delete;
-  Task &operator=(const Task &) = delete;
   virtual ~Task() = default;
-
   virtual Next run() = 0;
   virtual Time deadline() const = 0;
   // Called before run() after Loop::post() and Loop::resume().
@@ -2677,11 +2649,9 @@ private:
     } catch (const std::exception &error) { // out of memory
       log_(concat("connection aborted: ", error.what()));
     }
-    if (next == Task::Next::close) { return close(task); }
-    schedule(task, next == Task::Next::yield ? now_ : task.deadline());
-  }
-
-  void close(Task &task) {
+    if (next != Task::Next::close) {
+      return schedule(task, next == Task::Next::yield ? now_ : task.deadline());
+    }
     timers_.erase({task.scheduled_, &task});
     tasks_.erase(task.self_); // destroys it
     --size_;
@@ -2747,12 +2717,19 @@ public:
   std::unique_ptr<Upstream> take(const void *client, std::uint64_t generation,
                                  bool repeatable, Task &user) {
     while (auto upstream = remove_idle(client)) {
-      const bool current = upstream->generation == generation;
-      if (current && !may_use(*upstream, repeatable)) {
+      const auto idle = loop_.now() - upstream->idle_since;
+      const bool lasts = patient_ == generation && idle < fresh_time;
+      if (!repeatable && !lasts && !upstream->authenticated) {
         retire(std::move(upstream)); // a new one takes its place
         return {};
       }
-      if (current && is_open(*upstream, repeatable)) {
+      // A target that closes an idle connection may send something first, such
+      // as a 408, which must not become the response to the next request. It
+      // has no time for that between two requests in close succession, and to
+      // look every time would be a fifth of a request's system calls.
+      const bool just_used = idle < milliseconds(20) && !upstream->readable;
+      if (upstream->generation == generation && !upstream->ended &&
+          ((repeatable && just_used) || upstream->is_silent())) {
         upstream->owner = &user;
         return upstream;
       }
@@ -2822,10 +2799,7 @@ public:
   }
 
   Time deadline() const override {
-    if (idle_.empty()) { return Time::max(); }
-    const auto since = idle_.front()->idle_since;
-    return since +
-           (loop_.now() < since + fresh_time ? fresh_time : idle_timeout);
+    return idle_.empty() ? Time::max() : loop_.now() + fresh_time;
   }
 
 private:
@@ -2843,23 +2817,6 @@ private:
       return upstream;
     }
     return {};
-  }
-
-  bool may_use(const Upstream &upstream, bool repeatable) const {
-    return repeatable || upstream.authenticated ||
-           (patient_ == upstream.generation &&
-            loop_.now() - upstream.idle_since < fresh_time);
-  }
-
-  // A target that closes an idle connection may send something first, such as a
-  // 408, which must not become the response to the next request. It has no time
-  // for that between two requests in close succession, and to look every time
-  // would be a fifth of a request's system calls.
-  bool is_open(const Upstream &upstream, bool repeatable) const {
-    if (upstream.ended) { return false; }
-    const bool just_used = loop_.now() - upstream.idle_since < milliseconds(20);
-    return (repeatable && just_used && !upstream.readable) ||
-           upstream.is_silent();
   }
 
   template <typename Condition> void close_idle_if(Condition condition) {
