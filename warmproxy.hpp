@@ -5319,13 +5319,15 @@ inline void write_reply(const Reply &reply, const RequestHead &request,
   if (has_body && request.method != "HEAD") { out += reply.body; }
 }
 
-// ---- Routes: the seam to cpp-httplib
-// -----------------------------------------
+// ---- Routes: the seam to cpp-httplib ---------------------------------------
 
-// A client's connection, lent to an own route for one request. The lender keeps
-// the descriptor open until the loan is returned.
-struct Loan {
-  // Filled in by the lender:
+// A client's connection, lent to an own route for one request: cpp-httplib
+// reads the request from it and writes its response to it. Reads end where the
+// request does, whatever the handler or the parser left of it. The response's
+// head gets our Connection lines.
+class Loan : public httplib::Stream {
+public:
+  // Filled in by the lender, which keeps the descriptor open:
   int fd = -1;
   std::string head;     // the request head, as own routes see it
   std::string received; // bytes behind the head that have arrived already
@@ -5337,23 +5339,11 @@ struct Loan {
   std::string client_address, local_address;
   int client_port = 0, local_port = 0;
 
-  // When it is returned: `received` holds what came behind the request, and
-  // `keep_alive` says whether the connection is still good for the next one.
-};
-
-// What cpp-httplib reads a request from and writes its response to. Reads end
-// where the request does, whatever the handler or the parser left of it. The
-// response's head gets our Connection lines.
-class LoanStream : public httplib::Stream {
-public:
-  LoanStream(Loan &loan, int null_device)
-      : loan_(loan), null_device_(null_device), socket_{loan.fd, 0, 0} {}
-
-  // Whether both messages were complete, so that the next can follow.
-  bool is_complete() const {
-    return loan_.request.done() && responding_ && response_.done() && !broken_;
+  // Afterwards `received` holds what came behind the request, and
+  // `keep_alive` says whether the connection is good for the next one.
+  void end(bool good) {
+    keep_alive &= good && responding_ && response_.done() && !broken_;
   }
-  bool keeps_alive() const { return keeps_alive_; }
 
   // Stream's virtual functions, which differ between versions: hence all of
   // them, and no `override`.
@@ -5361,316 +5351,246 @@ public:
   bool is_writable() const { return is_peer_alive(); }
   bool wait_readable() const { return !broken_; }
   bool wait_writable() const { return is_peer_alive(); }
-  bool is_peer_alive() const;
-  ssize_t read(char *data, std::size_t size);
-  ssize_t write(const char *data, std::size_t size);
   void get_remote_ip_and_port(std::string &ip, int &port) const {
-    ip = loan_.client_address;
-    port = loan_.client_port;
+    ip = client_address;
+    port = client_port;
   }
   void get_local_ip_and_port(std::string &ip, int &port) const {
-    ip = loan_.local_address;
-    port = loan_.local_port;
+    ip = local_address;
+    port = local_port;
   }
   // cpp-httplib up to 0.18 refuses descriptors that select(2) cannot take, and
   // only looks at this one.
-  socket_t socket() const {
-    return loan_.fd < FD_SETSIZE ? loan_.fd : null_device_;
-  }
+  socket_t socket() const { return fd < FD_SETSIZE ? fd : STDIN_FILENO; }
   time_t duration() const { return 0; }
   void set_read_timeout(time_t, time_t = 0) {}
 
-private:
-  bool wait(short events);
-  bool receive();
-  bool send_all(std::string_view bytes);
-  bool send_head();
-  bool send_body(std::string_view body);
-  bool is_dechunked() const {
-    return loan_.minor == 0 && response_.mode() == Framing::Mode::chunked;
+  // A content provider that waits for events asks this (DataSink::is_writable).
+  // Without a write, nothing else ends it when the client has left or the loan
+  // is aborted. Bytes that are left to be read hide a shutdown from recv(), but
+  // not from poll().
+  bool is_peer_alive() const {
+    pollfd hung_up{fd, 0, 0};
+    if (broken_ || ::poll(&hung_up, 1, 0) > 0) { return false; }
+    char byte;
+    if (::recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) != 0) { return true; }
+    if (gone_at_ == Time::max()) {
+      gone_at_ = after(milliseconds(WARMPROXY_HALF_CLOSE_GRACE));
+    }
+    return RunningClock::now() < gone_at_;
   }
 
-  Loan &loan_;
-  const int null_device_;
-  pollfd socket_;
-  std::size_t head_read_ = 0; // of loan_.head
+  ssize_t read(char *data, std::size_t size) {
+    if (head_read_ < head.size()) {
+      const auto n = head.copy(data, size, head_read_);
+      head_read_ += n;
+      return static_cast<ssize_t>(n);
+    }
+    if (request.done()) { return 0; }
+    if (received.empty() && !receive()) { return -1; }
+    const auto n = request.take(std::string_view(received).substr(0, size));
+    received.copy(data, n);
+    received.erase(0, n);
+    broken_ |= request.malformed();
+    return n ? static_cast<ssize_t>(n) : -1;
+  }
+
+  ssize_t write(const char *data, std::size_t size) {
+    const std::string_view bytes(data, size);
+    if (responding_) {
+      send_body(bytes);
+    } else {
+      head_ += bytes;
+      while (const auto end = responding_ || broken_ ? 0 : head_end(head_)) {
+        send_head(head_.substr(0, end));
+        head_.erase(0, end);
+      }
+      if (responding_) { send_body(std::exchange(head_, {})); }
+    }
+    return broken_ ? -1 : static_cast<ssize_t>(size);
+  }
+
+private:
+  // Whether a call that failed can be repeated, now that the connection is
+  // ready. cpp-httplib's own time limits do not cover our streams.
+  bool wait(short events) {
+    if (!would_block(errno)) { return false; }
+    pollfd socket{fd, events, 0};
+    const auto deadline = after(milliseconds(WARMPROXY_SEND_TIMEOUT));
+    while (!wait_for(&socket, 1, deadline)) {
+      if (RunningClock::now() >= deadline) { return false; }
+    }
+    return true;
+  }
+
+  bool receive() {
+    char bytes[16384];
+    ssize_t n = 0;
+    do {
+      n = ::recv(fd, bytes, sizeof(bytes), MSG_DONTWAIT);
+    } while (n < 0 && wait(POLLIN));
+    broken_ |= n <= 0;
+    if (n > 0) { received.assign(bytes, static_cast<std::size_t>(n)); }
+    return n > 0;
+  }
+
+  void send_all(std::string_view bytes) {
+    while (!bytes.empty() && !broken_) {
+      const auto n =
+          ::send(fd, bytes.data(), bytes.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
+      if (n > 0) { bytes.remove_prefix(static_cast<std::size_t>(n)); }
+      broken_ = n <= 0 && !wait(POLLOUT);
+    }
+  }
+
+  // cpp-httplib announces its own keep-alive limits, which are not ours.
+  void send_head(std::string text) {
+    ResponseHead response;
+    if (parse_response(std::move(text), method, response)) {
+      broken_ = true;
+      return;
+    }
+    responding_ = response.status >= 200;
+    response_ = response.framing;
+    std::string out = concat("HTTP/1.1 ", response.reason, "\r\n");
+    for (const auto &field : response.fields) {
+      const bool left_out =
+          field.id == FieldName::transfer_encoding && is_dechunked();
+      if (!left_out && !response.is_hop_by_hop(field)) {
+        append(out, field.line, "\r\n");
+      }
+    }
+    if (responding_) {
+      keep_alive &= request.done() && !is_dechunked() &&
+                    response_.mode() != Framing::Mode::until_close;
+      out += keep_alive ? keep_alive_line : "Connection: close\r\n";
+    }
+    send_all(out += "\r\n");
+  }
+
+  // An HTTP/1.0 client gets the content of chunks alone.
+  void send_body(std::string_view body) {
+    std::string content;
+    const bool dechunk = is_dechunked();
+    broken_ |= response_.take(body, dechunk ? &content : nullptr) < body.size();
+    send_all(dechunk ? content : body);
+  }
+  bool is_dechunked() const {
+    return minor == 0 && response_.mode() == Framing::Mode::chunked;
+  }
+
+  std::size_t head_read_ = 0; // of `head`
   std::string head_;          // of the response, while it is not complete
   Framing response_;
   bool responding_ = false; // the final head has been sent
-  bool keeps_alive_ = false;
   bool broken_ = false;
   mutable Time gone_at_ = Time::max(); // after the grace for a half-close
 };
 
-// A content provider that waits for events asks this (DataSink::is_writable).
-// Without a write, nothing else ends it when the client has left or the loan is
-// aborted. Bytes that are left to be read hide a shutdown from recv(), but not
-// from poll().
-inline bool LoanStream::is_peer_alive() const {
-  pollfd hung_up{loan_.fd, 0, 0};
-  if (broken_ || ::poll(&hung_up, 1, 0) > 0) { return false; }
-  char byte;
-  if (::recv(loan_.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) != 0) { return true; }
-  if (gone_at_ == Time::max()) {
-    gone_at_ = after(milliseconds(WARMPROXY_HALF_CLOSE_GRACE));
-  }
-  return RunningClock::now() < gone_at_;
-}
-
-inline bool LoanStream::wait(short events) {
-  socket_.events = events;
-  const auto deadline = after(milliseconds(WARMPROXY_SEND_TIMEOUT));
-  while (!broken_ && !wait_for(&socket_, 1, deadline)) {
-    broken_ = RunningClock::now() >= deadline;
-  }
-  return !broken_;
-}
-
-inline ssize_t LoanStream::read(char *data, std::size_t size) {
-  if (head_read_ < loan_.head.size()) {
-    const auto n = loan_.head.copy(data, size, head_read_);
-    head_read_ += n;
-    return static_cast<ssize_t>(n);
-  }
-  if (loan_.request.done()) { return 0; }
-  if (loan_.received.empty() && !receive()) { return -1; }
-  const auto n =
-      loan_.request.take(std::string_view(loan_.received).substr(0, size));
-  loan_.received.copy(data, n);
-  loan_.received.erase(0, n);
-  broken_ |= loan_.request.malformed();
-  return n ? static_cast<ssize_t>(n) : -1;
-}
-
-inline bool LoanStream::receive() {
-  while (wait(POLLIN)) {
-    char bytes[16384];
-    const auto n = ::recv(loan_.fd, bytes, sizeof(bytes), MSG_DONTWAIT);
-    if (n > 0) {
-      loan_.received.assign(bytes, static_cast<std::size_t>(n));
-      return true;
-    }
-    broken_ = n == 0 || !would_block(errno);
-  }
-  return false;
-}
-
-inline ssize_t LoanStream::write(const char *data, std::size_t size) {
-  const std::string_view bytes(data, size);
-  if (responding_) {
-    return send_body(bytes) ? static_cast<ssize_t>(size) : -1;
-  }
-  head_ += bytes;
-  while (!responding_ && head_end(head_)) {
-    if (!send_head()) { return -1; }
-  }
-  if (responding_ && !send_body(std::exchange(head_, {}))) { return -1; }
-  return static_cast<ssize_t>(size);
-}
-
-// An HTTP/1.0 client gets the content of chunks alone.
-inline bool LoanStream::send_body(std::string_view body) {
-  std::string content;
-  const bool dechunk = is_dechunked();
-  broken_ |= response_.take(body, dechunk ? &content : nullptr) < body.size();
-  return send_all(dechunk ? content : body);
-}
-
-inline bool LoanStream::send_all(std::string_view bytes) {
-  while (!bytes.empty() && !broken_) {
-    const auto n = ::send(loan_.fd, bytes.data(), bytes.size(),
-                          MSG_DONTWAIT | MSG_NOSIGNAL);
-    if (n > 0) {
-      bytes.remove_prefix(static_cast<std::size_t>(n));
-    } else if (would_block(errno)) {
-      wait(POLLOUT);
-    } else {
-      broken_ = true;
-    }
-  }
-  return !broken_;
-}
-
-// cpp-httplib announces its own keep-alive limits, which are not ours.
-inline bool LoanStream::send_head() {
-  const auto end = head_end(head_);
-  ResponseHead response;
-  if (parse_response(head_.substr(0, end), loan_.method, response)) {
-    broken_ = true;
-    return false;
-  }
-  head_.erase(0, end);
-  responding_ = response.status >= 200;
-  response_ = response.framing;
-  keeps_alive_ = loan_.keep_alive && loan_.request.done() &&
-                 response_.mode() != Framing::Mode::until_close &&
-                 !is_dechunked();
-  std::string out = concat("HTTP/1.1 ", response.reason, "\r\n");
-  for (const auto &field : response.fields) {
-    const bool left_out =
-        field.id == FieldName::transfer_encoding && is_dechunked();
-    if (!left_out && !response.is_hop_by_hop(field)) {
-      append(out, field.line, "\r\n");
-    }
-  }
-  if (responding_) {
-    append(out, keeps_alive_ ? loan_.keep_alive_line : "Connection: close\r\n");
-  }
-  return send_all(out += "\r\n");
-}
-
 // The server of one prefix, which serves single requests on lent connections.
 class RouteServer : public httplib::Server {
 public:
-  explicit RouteServer(std::string p) : prefix(std::move(p)) {}
-  ~RouteServer() override { stop_pool(); }
+  ~RouteServer() override { close(); }
 
-  void start_pool(int null_device) {
-    svr_sock_ = null_device; // unset, content providers would end at once
+  // Its thread pool exists between these two.
+  void open() {
+    // Unset, content providers would end at once. It is compared and never
+    // used, so it is no descriptor, which stop() would close.
+    svr_sock_ = INVALID_SOCKET - 1;
     pool_.reset(new_task_queue());
   }
-  // Has the streams of content providers end.
-  void abort() { svr_sock_ = INVALID_SOCKET; }
-  void stop_pool() {
+  void close() {
     abort();
     if (pool_) { pool_->shutdown(); }
     pool_.reset();
   }
-  bool run(std::function<void()> job) {
-    return pool_ && enqueue(*pool_, std::move(job), 0);
-  }
-  void serve(Loan &loan, int null_device);
+  // Has the streams of content providers end.
+  void abort() { svr_sock_ = INVALID_SOCKET; }
 
-  const std::string prefix;
+  // Serves the loan on a thread of the pool, which calls `returned` at the end.
+  // False if the pool refuses it. To end it early, shut its descriptor down.
+  bool lend(std::shared_ptr<Loan> loan, std::function<void()> returned) {
+    const auto job = [this, loan = std::move(loan),
+                      returned = std::move(returned)] {
+      serve(*loan);
+      returned();
+    };
+    return enqueue(*pool_, job);
+  }
 
 private:
-  // enqueue() returns whether it took the job from 0.15.0 on.
-  template <typename Queue>
-  static auto enqueue(Queue &queue, std::function<void()> job, int)
-      -> decltype(static_cast<bool>(queue.enqueue(std::move(job)))) {
-    return queue.enqueue(std::move(job));
-  }
-  template <typename Queue>
-  static bool enqueue(Queue &queue, std::function<void()> job, long) {
-    queue.enqueue(std::move(job));
-    return true;
+  template <typename Queue, typename Job>
+  static bool enqueue(Queue &queue, const Job &job) {
+    if constexpr (std::is_void_v<decltype(queue.enqueue(job))>) {
+      queue.enqueue(job); // before 0.15.0 it takes every job
+      return true;
+    } else {
+      return queue.enqueue(job);
+    }
   }
 
-  // The arguments of process_request() changed in 0.18.0.
+  using Setup = std::function<void(httplib::Request &)>;
+  using Server::process_request;
+  // Before 0.18.0 it takes no addresses. From then on its own overload comes
+  // before this template.
   template <typename S>
-  auto process(S &stream, const Loan &loan, bool &closed, int)
-      -> decltype(this->process_request(stream, loan.client_address,
-                                        loan.client_port, loan.local_address,
-                                        loan.local_port, true, closed,
-                                        nullptr)) {
-    return this->process_request(stream, loan.client_address, loan.client_port,
-                                 loan.local_address, loan.local_port, true,
-                                 closed, nullptr);
+  bool process_request(S &stream, const std::string &, int, const std::string &,
+                       int, bool close, bool &closed, const Setup &setup) {
+    return process_request(stream, close, closed, setup);
   }
-  template <typename S>
-  auto process(S &stream, const Loan &, bool &closed, long)
-      -> decltype(this->process_request(stream, true, closed, nullptr)) {
-    return this->process_request(stream, true, closed, nullptr);
+
+  void serve(Loan &loan) {
+    httplib::Stream &stream = loan;
+    bool closed = false, complete = false;
+    try {
+      complete = process_request(stream, loan.client_address, loan.client_port,
+                                 loan.local_address, loan.local_port, true,
+                                 closed, Setup());
+    } catch (...) {} // of a handler, where cpp-httplib does not catch it
+    loan.end(complete);
   }
 
   std::unique_ptr<httplib::TaskQueue> pool_;
 };
 
-inline void RouteServer::serve(Loan &loan, int null_device) {
-  LoanStream stream(loan, null_device);
-  bool closed = false, complete = false;
-  try {
-    complete = process(stream, loan, closed, 0);
-  } catch (...) {} // of a handler, where cpp-httplib does not catch it
-  loan.keep_alive = complete && stream.keeps_alive() && stream.is_complete();
-}
-
 // All own routes of a Proxy.
-class OwnRoutes {
-public:
-  OwnRoutes() : null_device_(::open("/dev/null", O_RDWR | O_CLOEXEC)) {
-    if (!null_device_) {
-      throw std::system_error(errno, std::generic_category(), "/dev/null");
-    }
-  }
-
+struct OwnRoutes {
   // Throws std::invalid_argument.
-  httplib::Server &at(const std::string &prefix);
+  httplib::Server &at(const std::string &prefix) {
+    const auto path = normalized_prefix(prefix);
+    if (path.empty()) {
+      throw std::invalid_argument(concat("warmproxy: Proxy::routes: prefix \"",
+                                         prefix,
+                                         "\" is not a path below \"/\""));
+    }
+    return servers[path];
+  }
   // The one with the longest prefix, or null.
-  RouteServer *find(std::string_view path) const;
-
-  // Thread pools exist between these two.
-  void start() {
-    for (const auto &server : servers_) {
-      server->start_pool(null_device_.get());
+  RouteServer *find(std::string_view path) {
+    for (auto &[prefix, server] : servers) {
+      if (is_below(path, prefix)) { return &server; }
     }
-  }
-  void stop() {
-    for (const auto &server : servers_) {
-      server->stop_pool();
-    }
-  }
-  // Has the streams of content providers end.
-  void abort() {
-    for (const auto &server : servers_) {
-      server->abort();
-    }
-  }
-  // Serves the loan on a thread of the pool, which calls `returned` at the end.
-  // False if the pool refuses it. To end it early, shut its descriptor down.
-  bool lend(RouteServer &server, std::shared_ptr<Loan> loan,
-            std::function<void()> returned) {
-    return server.run([this, &server, loan = std::move(loan),
-                       returned = std::move(returned)] {
-      server.serve(*loan, null_device_.get());
-      returned();
-    });
+    return nullptr;
   }
 
-private:
-  const Descriptor null_device_;
-  std::vector<std::unique_ptr<RouteServer>> servers_;
+  // By prefix; of those that a path is below, the longest comes first.
+  std::map<std::string, RouteServer, std::greater<>> servers;
 };
-
-inline httplib::Server &OwnRoutes::at(const std::string &prefix) {
-  const auto path = normalized_prefix(prefix);
-  if (path.empty() || has_control(path)) {
-    throw std::invalid_argument(concat("warmproxy: Proxy::routes: prefix \"",
-                                       printable(prefix),
-                                       "\" is not a path below \"/\""));
-  }
-  for (const auto &server : servers_) {
-    if (server->prefix == path) { return *server; }
-  }
-  return *servers_.emplace_back(std::make_unique<RouteServer>(path));
-}
-
-inline RouteServer *OwnRoutes::find(std::string_view path) const {
-  RouteServer *found = nullptr;
-  for (const auto &server : servers_) {
-    if (is_below(path, server->prefix) &&
-        (!found || server->prefix.size() > found->prefix.size())) {
-      found = server.get();
-    }
-  }
-  return found;
-}
 
 // ---- Routes: the pre-routing handler
 
 inline std::string percent_decode(std::string_view text) {
-  const auto value = [](char c) {
-    const std::string_view digits = "0123456789abcdef";
-    return digits.find(to_lower(c));
-  };
   std::string out;
   for (std::size_t i = 0; i < text.size(); ++i) {
-    const bool escaped = text[i] == '%' && i + 2 < text.size() &&
-                         value(text[i + 1]) < 16 && value(text[i + 2]) < 16;
-    out += escaped
-               ? static_cast<char>(value(text[i + 1]) * 16 + value(text[i + 2]))
-               : text[i];
-    i += escaped ? 2 : 0;
+    const char *digits = text.data() + i + 1;
+    unsigned char byte = 0;
+    if (text[i] == '%' && i + 2 < text.size() &&
+        std::from_chars(digits, digits + 2, byte, 16).ptr == digits + 2) {
+      out += static_cast<char>(byte);
+      i += 2;
+    } else {
+      out += text[i];
+    }
   }
   return out;
 }
@@ -5702,29 +5622,26 @@ inline httplib::Request routing_request(const RequestHead &head,
 inline std::optional<Reply>
 call_pre_routing_handler(const httplib::Server::HandlerWithResponse &handler,
                          const httplib::Request &request, const Log &log) {
+  using Result = httplib::Server::HandlerResponse;
   httplib::Response response;
   try {
-    if (handler(request, response) !=
-        httplib::Server::HandlerResponse::Handled) {
-      return {};
+    if (handler(request, response) != Result::Handled) { return {}; }
+    if (response.content_provider_) {
+      throw std::logic_error("content providers are not supported");
     }
   } catch (const std::exception &error) {
     log(concat("pre-routing handler failed: ", error.what()));
     return Reply{500, {}, {}, {}};
   } catch (...) { return Reply{500, {}, {}, {}}; }
-  if (response.content_provider_) {
-    log("pre-routing handler failed: content providers are not supported");
-    return Reply{500, {}, {}, {}};
-  }
-  Reply reply{response.status > 0 ? response.status : 200, {}, {}, {}};
+  Reply reply{response.status > 0 ? response.status : 200,
+              {},
+              {},
+              std::move(response.body)};
   for (const auto &[name, value] : response.headers) {
-    if (equals_ignore_case(name, "Content-Type")) {
-      reply.type = value;
-    } else if (!equals_ignore_case(name, "Content-Length")) {
+    if (!equals_ignore_case(name, "Content-Length")) {
       append(reply.lines, name, ": ", value, "\r\n");
     }
   }
-  reply.body = std::move(response.body);
   return reply;
 }
 
@@ -6798,9 +6715,7 @@ inline Connection::Step Connection::lend(RouteServer &server) {
   worker_.loop.forget(client_.socket);
   stage_ = Stage::lent;
   deadline_ = Time::max();
-  const bool lent = shared_.routes.lend(server, loan_,
-                                        [this] { worker_.loop.resume(*this); });
-  if (lent) { return {}; }
+  if (server.lend(loan_, [this] { worker_.loop.resume(*this); })) { return {}; }
   take_back();
   return respond(error_reply(head, 503, "too many requests for own routes",
                              "Retry-After: 1\r\n"));
@@ -6914,312 +6829,259 @@ inline Connection::Step Connection::linger() {
   return Next::yield;
 }
 
-// ---- Server: accepting, draining, the event loops' threads
-// -------------------
-
-// Binds with cpp-httplib, which resolves the host. Its accept loop is not used:
-// it ends for good on ECONNABORTED (a client that resets before it is accepted)
-// and spins on EMFILE.
-class Binder : private httplib::Server {
-public:
-  Binder() {
-    // cpp-httplib's default is SO_REUSEPORT: a second proxy on the same port
-    // would take half the connections and never be noticed.
-    set_socket_options([](socket_t fd) {
-      detail::set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
-    });
-  }
-
-  // Returns the port, 0 being a free one, or -1.
-  int bind(const std::string &host, int port, Descriptor &socket) {
-    if (port == 0) {
-      port = bind_to_any_port(host);
-    } else if (!bind_to_port(host, port)) {
-      port = -1;
-    }
-    if (port >= 0) { socket.reset(svr_sock_.exchange(INVALID_SOCKET)); }
-    return port;
-  }
-};
+// ---- Server: accepting, draining, the event loops' threads -----------------
 
 class Server {
 public:
   Server(const Config &config, const Log &log, Supervisor &supervisor,
-         Vercel *vercel, OwnRoutes &routes);
-  ~Server();
+         Vercel *vercel, OwnRoutes &routes)
+      : shared_(config, log, supervisor, vercel, routes) {
+    const auto cpus = std::thread::hardware_concurrency();
+    const auto count = std::clamp<unsigned>(cpus, 1, WARMPROXY_MAX_LOOPS);
+    for (unsigned i = 0; i < count; ++i) {
+      shared_.workers.push_back(std::make_unique<Worker>(shared_));
+    }
+    supervisor.on_change([this] { notify_all(); });
+    supervisor.before_stop([this] { close_idle_upstreams(); });
+  }
+  // Stops, and waits for run() to return.
+  ~Server() {
+    stop();
+    const std::lock_guard<std::mutex> lock(run_mutex_);
+    shared_.supervisor.on_change({});
+    shared_.supervisor.before_stop({});
+  }
 
   // Returns the port, 0 being a free one, or -1, and errno where it is known.
-  int bind(const std::string &host, int port);
+  // cpp-httplib resolves the host and binds. Its accept loop is not used: it
+  // ends for good on ECONNABORTED (a client that resets before it is accepted)
+  // and spins on EMFILE.
+  int bind(const std::string &host, int port) {
+    if (has_run_) { return -1; }
+    int fd = -1;
+    httplib::Server binder; // leaves the socket open
+    // cpp-httplib's default is SO_REUSEPORT: a second proxy on the same port
+    // would take half the connections and never be noticed.
+    binder.set_socket_options([&fd](socket_t created) {
+      fd = created;
+      set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+    });
+    if (!binder.bind_to_port(host, port)) { return -1; }
+    listening_.fd.reset(fd);
+    ::fcntl(fd, F_SETFL, O_NONBLOCK);
+    // Old cpp-httplib has a backlog of 5: of many first requests at once, the
+    // sixth would have to wait a second for its next SYN.
+    ::listen(fd, SOMAXCONN);
+    // Accepted connections inherit these options (on Linux).
+    set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+    set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1); // finds clients that died
+#ifdef __linux__
+    set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, 60);
+#endif
+    SocketAddress address;
+    ::getsockname(fd, address.get(), &address.size);
+    return shared_.port = address.port();
+  }
+
   // Serves until stop(), drains, and returns once the target has stopped. False
-  // if nothing can be accepted any more.
-  bool run();
+  // if it cannot accept, or was called before.
+  bool run() {
+    const std::unique_lock<std::mutex> lock(run_mutex_, std::try_to_lock);
+    if (!lock || has_run_.exchange(true)) { return false; }
+    if (!listening_.fd || !own_loop().watch(listening_)) { return false; }
+    auto &own_routes = shared_.routes.servers;
+    for (auto &[prefix, server] : own_routes) {
+      server.open(); // may throw, so before there are threads to join
+    }
+    if (shared_.config.prewarm) { shared_.supervisor.prewarm(); }
+    start_loops();
+    accept_until_stopped();
+    drain();
+    over_ = true;
+    notify_all();
+    for (auto &thread : threads_) {
+      thread.join();
+    }
+    for (auto &[prefix, server] : own_routes) {
+      server.close();
+    }
+    return true;
+  }
+  bool has_run() const { return has_run_; }
+
   // From any thread.
-  void stop();
+  void stop() {
+    shared_.draining = true;
+    notify_all();
+  }
   std::size_t connections() const { return shared_.connections(); }
+
   void set_pre_routing_handler(httplib::Server::HandlerWithResponse handler) {
     shared_.pre_routing_handler = std::move(handler);
   }
 
 private:
-  void notify_all();
-  void run_loops(std::vector<std::thread> &threads);
-  bool accept_until_stopped();
-  void drain();
-  void close_idle_upstreams();
-  std::size_t capacity() const;
-  bool accept_batch();
-  bool accept_one();
-  bool may_accept() const;
-  bool make_room();
-  void log_full(std::size_t count);
+  // run() runs this one itself, and accepts in it.
+  Loop &own_loop() { return shared_.workers.front()->loop; }
+
+  void start_loops() {
+    try {
+      while (threads_.size() + 1 < shared_.workers.size()) {
+        auto &loop = shared_.workers[threads_.size() + 1]->loop;
+        threads_.emplace_back([this, &loop] {
+          while (!over_) {
+            loop.turn(Time::max());
+          }
+        });
+      }
+    } catch (const std::system_error &) {} // no more threads: fewer will do
+  }
+
+  // Of the workers whose loops run, the one with the least `value`.
+  template <typename F> Worker &least(F value) {
+    const auto first = shared_.workers.begin();
+    const auto count = static_cast<std::ptrdiff_t>(threads_.size() + 1);
+    return **std::min_element(first, first + count,
+                              [value](const auto &a, const auto &b) {
+                                return value(*a) < value(*b);
+                              });
+  }
+
+  void notify_all() {
+    for (const auto &worker : shared_.workers) {
+      worker->loop.notify();
+    }
+  }
+
+  // A target that is to end may wait for the end of its connections first.
+  // Called by the supervisor's thread; a loop that does not run has none.
+  void close_idle_upstreams() {
+    shared_.close_idle_upstreams();
+    const auto deadline = SteadyClock::now() + milliseconds(100);
+    for (const auto &worker : shared_.workers) {
+      while (worker->pool.idle_count() > 0 && SteadyClock::now() < deadline) {
+        ::poll(nullptr, 0, 1);
+      }
+    }
+  }
+
+  // ---- Server: accepting
+
+  void accept_until_stopped() {
+    while (!shared_.draining) {
+      own_loop().turn(listening_.readable ? paused_until_ : Time::max());
+      accept_batch(64); // not for so long that clients have to wait
+    }
+    // Whoever has connected by now is served, later ones are refused.
+    listening_.readable = true;
+    accept_batch(std::numeric_limits<int>::max());
+    own_loop().forget(listening_);
+    listening_.fd.reset();
+  }
+
+  void accept_batch(int most) {
+    const auto now = own_loop().now();
+    for (; most > 0 && listening_.readable && now >= paused_until_; --most) {
+      // Over the limit there is room for a few that are only told so. When that
+      // is taken as well, the others wait in the backlog.
+      const auto count = connections(), limit = capacity();
+      if (count >= limit + 16 || !accept_one(count >= limit)) {
+        paused_until_ = later(now, milliseconds(10));
+      }
+    }
+  }
+
+  // False if it takes descriptors or memory that others have to free.
+  bool accept_one(bool full) {
+    SocketAddress address;
+#ifdef SOCK_CLOEXEC
+    Descriptor client(::accept4(listening_.fd.get(), address.get(),
+                                &address.size, SOCK_CLOEXEC));
+#else
+    Descriptor client(
+        ::accept(listening_.fd.get(), address.get(), &address.size));
+#endif
+    if (!client) {
+      listening_.readable = errno != EAGAIN;
+      return would_block(errno) || errno == ECONNABORTED;
+    }
+    const bool over_limit = full && !make_room();
+    if (over_limit) {
+      shared_.log_once("too many connections, and none is idle: further ones "
+                       "get 503 (see WARMPROXY_MAX_CONNECTIONS and the limit "
+                       "on open files)");
+    }
+    auto &worker = least([](const Worker &w) { return w.loop.size(); });
+    worker.loop.post(std::make_unique<Connection>(worker, std::move(client),
+                                                  address, over_limit));
+    return true;
+  }
+
+  // Has the client connection that has been idle for longest closed. False if
+  // none is idle.
+  bool make_room() {
+    auto &clients = least([](const Worker &w) {
+                      return w.idle_clients.longest();
+                    }).idle_clients;
+    if (clients.longest() == Time::max()) { return false; }
+    clients.make_room();
+    return true;
+  }
+
+  // Two descriptors for each connection, and some for the rest of us: each loop
+  // has three and WARMPROXY_SPARE_UPSTREAMS, the supervisor about ten.
+  std::size_t capacity() const {
+    rlimit files{};
+    ::getrlimit(RLIMIT_NOFILE, &files);
+    const auto room = files.rlim_cur > 64 ? (files.rlim_cur - 48) / 2 : 8;
+    return static_cast<std::size_t>(
+        std::min<rlim_t>(room, shared_.config.max_connections));
+  }
+
+  // ---- Server: draining
+
+  // One budget, stop_timeout. Requests may finish; when only those are left
+  // that the target itself has to end, or half of the budget is used, the
+  // target gets SIGTERM. What is left at the end of the budget is aborted.
+  void drain() {
+    auto &supervisor = shared_.supervisor;
+    const auto budget = clamped(shared_.config.stop_timeout);
+    const auto half = SteadyClock::now() + budget / 2;
+    const auto deadline = half + budget / 2;
+    shared_.waiting_for_end = true;
+    supervisor.drain();
+    notify_all();
+    while (const auto count = connections()) {
+      const auto now = SteadyClock::now();
+      if (now >= half || count <= shared_.endless + shared_.lingering) {
+        supervisor.stop(deadline);
+      }
+      if (now >= deadline && !shared_.aborting.exchange(true)) {
+        shared_.log(concat(
+            "aborted ", decimal(count), " connections: not finished within ",
+            in_seconds(budget), " s (see WARMPROXY_STOP_TIMEOUT)"));
+        for (auto &[prefix, server] : shared_.routes.servers) {
+          server.abort();
+        }
+        notify_all();
+      }
+      const auto next = now < half ? half : deadline;
+      own_loop().turn(own_loop().now() + (next > now ? next - now : max_wait));
+    }
+    // This loop's own idle connections; the supervisor has the others closed.
+    shared_.close_idle_upstreams();
+    own_loop().turn(own_loop().now());
+    supervisor.stop(deadline);
+    supervisor.join();
+  }
 
   Shared shared_;
   Socket listening_;
-  std::size_t running_ = 1; // of the workers; the first one accepts, too
-  std::atomic<bool> over_{false};
-  Time paused_until_{};
-  Time log_full_at_{};
+  Time paused_until_{};  // accepting
+  std::mutex run_mutex_; // held by run()
+  std::atomic<bool> has_run_{false}, over_{false};
+  std::vector<std::thread> threads_; // of all loops but own_loop()
 };
-
-inline Server::Server(const Config &config, const Log &log,
-                      Supervisor &supervisor, Vercel *vercel, OwnRoutes &routes)
-    : shared_(config, log, supervisor, vercel, routes) {
-  const auto cpus = std::thread::hardware_concurrency();
-  const auto count = std::clamp<unsigned>(cpus, 1, WARMPROXY_MAX_LOOPS);
-  for (unsigned i = 0; i < count; ++i) {
-    shared_.workers.push_back(std::make_unique<Worker>(shared_));
-  }
-  supervisor.on_change([this] { notify_all(); });
-  supervisor.before_stop([this] { close_idle_upstreams(); });
-}
-
-inline Server::~Server() {
-  shared_.supervisor.on_change({});
-  shared_.supervisor.before_stop({});
-}
-
-inline int Server::bind(const std::string &host, int port) {
-  shared_.port = Binder().bind(host, port, listening_.fd);
-  if (shared_.port < 0) { return -1; }
-  const int fd = listening_.fd.get();
-  ::fcntl(fd, F_SETFL, O_NONBLOCK);
-  ::fcntl(fd, F_SETFD, FD_CLOEXEC);
-  // Old cpp-httplib has a backlog of 5: of many first requests at once, the
-  // sixth would have to wait a second for its next SYN.
-  ::listen(fd, SOMAXCONN);
-  // Accepted connections inherit these options (on Linux).
-  set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
-  set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1); // finds clients that died
-#ifdef __linux__
-  set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, 60);
-#endif
-  return shared_.port;
-}
-
-inline bool Server::run() {
-  if (!listening_.fd) { return false; }
-  shared_.routes.start(); // may throw, so before there are threads to join
-  std::vector<std::thread> threads;
-  run_loops(threads);
-  const bool good = accept_until_stopped();
-  drain();
-  over_ = true;
-  notify_all();
-  for (auto &thread : threads) {
-    thread.join();
-  }
-  shared_.routes.stop();
-  return good;
-}
-
-inline void Server::run_loops(std::vector<std::thread> &threads) {
-  try {
-    for (; running_ < shared_.workers.size(); ++running_) {
-      threads.emplace_back([this, &loop = shared_.workers[running_]->loop] {
-        while (!over_) {
-          loop.turn(Time::max());
-        }
-      });
-    }
-  } catch (const std::system_error &) {} // no more threads: fewer will do
-}
-
-inline void Server::stop() {
-  shared_.draining = true;
-  notify_all();
-}
-
-inline void Server::notify_all() {
-  for (const auto &worker : shared_.workers) {
-    worker->loop.notify();
-  }
-}
-
-// A target that is to end may wait for the end of its connections first. Called
-// by the supervisor's thread; a loop that does not run has no idle ones.
-inline void Server::close_idle_upstreams() {
-  shared_.close_idle_upstreams();
-  const auto idle = [this] {
-    std::size_t count = 0;
-    for (const auto &worker : shared_.workers) {
-      count += worker->pool.idle_count();
-    }
-    return count;
-  };
-  const auto deadline = SteadyClock::now() + milliseconds(100);
-  while (idle() && SteadyClock::now() < deadline) {
-    ::poll(nullptr, 0, 1);
-  }
-}
-
-// ---- Server: accepting
-
-inline bool Server::accept_until_stopped() {
-  auto &loop = shared_.workers.front()->loop;
-  bool good = loop.watch(listening_);
-  while (good && !shared_.draining) {
-    loop.turn(listening_.readable && !shared_.waiting_for_end ? paused_until_
-                                                              : Time::max());
-    good = accept_batch();
-  }
-  // Whoever has connected by now is served, later ones are refused.
-  listening_.readable = good;
-  while (listening_.readable && may_accept() && accept_batch()) {}
-  loop.forget(listening_);
-  listening_.fd.reset();
-  return good;
-}
-
-inline bool Server::may_accept() const {
-  return listening_.readable && !shared_.waiting_for_end &&
-         shared_.workers.front()->loop.now() >= paused_until_;
-}
-
-// Accepts what has arrived, but not for so long that clients have to wait.
-// False if nothing can be accepted any more.
-inline bool Server::accept_batch() {
-  shared_.waiting_for_end = false;
-  for (int i = 0; i < 64 && may_accept(); ++i) {
-    // Over the limit there is room for a few that are only told so. When that
-    // is taken as well, the others wait in the backlog. The flag is set before
-    // counting, or the last connection to end might not see it.
-    shared_.waiting_for_end = true;
-    if (connections() >= capacity() + 16) { return true; }
-    shared_.waiting_for_end = false;
-    if (!accept_one()) { return false; }
-  }
-  return true;
-}
-
-inline bool Server::accept_one() {
-  SocketAddress address;
-#ifdef SOCK_CLOEXEC
-  Descriptor client(::accept4(listening_.fd.get(), address.get(), &address.size,
-                              SOCK_CLOEXEC));
-#else
-  Descriptor client(
-      ::accept(listening_.fd.get(), address.get(), &address.size));
-#endif
-  if (!client) {
-    switch (errno) {
-    case EAGAIN: listening_.readable = false; return true;
-    case EINTR:
-    case ECONNABORTED: return true;
-    case EBADF:
-    case EINVAL:
-    case ENOTSOCK: return false;
-    default: // out of descriptors or memory: the end of a connection may help
-      paused_until_ =
-          later(shared_.workers.front()->loop.now(), milliseconds(100));
-      return true;
-    }
-  }
-  const bool over_limit = connections() >= capacity() && !make_room();
-  if (over_limit) { log_full(connections()); }
-  const auto end =
-      shared_.workers.begin() + static_cast<std::ptrdiff_t>(running_);
-  const auto &worker = *std::min_element(
-      shared_.workers.begin(), end, [](const auto &a, const auto &b) {
-        return a->loop.size() < b->loop.size();
-      });
-  worker->loop.post(std::make_unique<Connection>(*worker, std::move(client),
-                                                 address, over_limit));
-  return true;
-}
-
-// Has the client connection that has been idle for longest closed. False if
-// none is idle.
-inline bool Server::make_room() {
-  const auto &worker = *std::min_element(
-      shared_.workers.begin(), shared_.workers.end(),
-      [](const auto &a, const auto &b) {
-        return a->idle_clients.longest() < b->idle_clients.longest();
-      });
-  if (worker->idle_clients.longest() == Time::max()) { return false; }
-  worker->idle_clients.make_room();
-  return true;
-}
-
-// Two descriptors for each connection, and some for the rest of us: each loop
-// has three and WARMPROXY_SPARE_UPSTREAMS, the supervisor about ten.
-inline std::size_t Server::capacity() const {
-  const auto most = shared_.config.max_connections;
-  rlimit files{};
-  if (::getrlimit(RLIMIT_NOFILE, &files) != 0) { return most; }
-  const auto room = files.rlim_cur > 64 ? (files.rlim_cur - 48) / 2 : 8;
-  return static_cast<std::size_t>(std::min<rlim_t>(room, most));
-}
-
-inline void Server::log_full(std::size_t count) {
-  const auto now = shared_.workers.front()->loop.now();
-  if (now < log_full_at_) { return; }
-  log_full_at_ = later(now, seconds(10));
-  shared_.log(concat("too many connections: ", decimal(count),
-                     " are open and none is idle: further ones get 503 (see "
-                     "WARMPROXY_MAX_CONNECTIONS and the limit on open files)"));
-}
-
-// ---- Server: draining
-
-// One budget, stop_timeout. Requests may finish; when only those are left that
-// the target itself has to end, or half of the budget is used, the target gets
-// SIGTERM. What is left at the end of the budget is aborted.
-inline void Server::drain() {
-  auto &supervisor = shared_.supervisor;
-  auto &loop = shared_.workers.front()->loop;
-  const auto budget = clamped(shared_.config.stop_timeout);
-  const auto began = SteadyClock::now();
-  const auto deadline = began + budget;
-  bool stopping = false;
-  shared_.draining = true;
-  shared_.waiting_for_end = true;
-  supervisor.drain();
-  notify_all();
-  while (const auto count = connections()) {
-    const auto now = SteadyClock::now();
-    if (!stopping && (count <= shared_.endless + shared_.lingering ||
-                      now >= began + budget / 2)) {
-      stopping = true;
-      supervisor.stop(deadline);
-    }
-    if (now >= deadline && !shared_.aborting.exchange(true)) {
-      shared_.log(concat("aborted ", decimal(count),
-                         " connections: not finished "
-                         "within ",
-                         in_seconds(budget),
-                         " s (see WARMPROXY_STOP_TIMEOUT)"));
-      shared_.routes.abort();
-      notify_all();
-    }
-    const auto next = stopping ? deadline : began + budget / 2;
-    loop.turn(loop.now() + (next > now ? next - now : max_wait));
-  }
-  // This loop's own idle connections; the supervisor has the others closed.
-  shared_.close_idle_upstreams();
-  loop.turn(loop.now());
-  supervisor.stop(deadline);
-  supervisor.join();
-}
 
 // ---- Settings: the environment and the command line -------------------------
 
@@ -7526,11 +7388,8 @@ inline std::string help_text() {
 namespace detail {
 
 inline Config make_config(Options options, bool on_vercel) {
-  Config config;
-  static_cast<Options &>(config) = std::move(options);
-  config.on_vercel = on_vercel;
-  config.prefix = normalized_prefix(config.strip_prefix);
-  return config;
+  auto prefix = normalized_prefix(options.strip_prefix);
+  return {std::move(options), on_vercel, std::move(prefix)};
 }
 
 } // namespace detail
@@ -7541,65 +7400,25 @@ public:
   Impl(detail::Config c, detail::Vercel *vercel)
       : config(std::move(c)), log(config), supervisor(config, log),
         server(config, log, supervisor, vercel, routes) {}
-  ~Impl();
 
-  int bind(const std::string &host, int port);
-  bool run();
-  void require_not_listening(const char *function) const;
   // Serves until a signal of `signals`, which are blocked. Throws
   // std::runtime_error.
   void serve(const sigset_t &signals, detail::Vercel *vercel,
              detail::SteadyClock::time_point began);
+  void require_not_listening(const char *function) const {
+    if (server.has_run()) {
+      throw std::logic_error(detail::concat("warmproxy: Proxy::", function,
+                                            "() must be called before "
+                                            "listening"));
+    }
+  }
 
   const detail::Config config;
   const detail::Log log;
   detail::Supervisor supervisor;
   detail::OwnRoutes routes;
   detail::Server server;
-
-private:
-  mutable std::mutex mutex_; // of all below
-  std::condition_variable stopped_;
-  bool listened_ = false; // run() was called
-  bool running_ = false;  // and has not returned
 };
-
-inline Proxy::Impl::~Impl() {
-  server.stop();
-  std::unique_lock<std::mutex> lock(mutex_);
-  stopped_.wait(lock, [this] { return !running_; });
-}
-
-inline int Proxy::Impl::bind(const std::string &host, int port) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  return listened_ ? -1 : server.bind(host, port);
-}
-
-inline bool Proxy::Impl::run() {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (std::exchange(listened_, true)) { return false; }
-    running_ = true;
-  }
-  struct Running {
-    ~Running() {
-      const std::lock_guard<std::mutex> lock(impl.mutex_);
-      impl.running_ = false;
-      impl.stopped_.notify_all(); // under the lock: ~Impl() may be waiting
-    }
-    Impl &impl;
-  } const running{*this};
-  if (config.prewarm) { supervisor.prewarm(); }
-  return server.run();
-}
-
-inline void Proxy::Impl::require_not_listening(const char *function) const {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (listened_) {
-    throw std::logic_error(detail::concat(
-        "warmproxy: Proxy::", function, "() must be called before listening"));
-  }
-}
 
 inline Proxy::Proxy(Options options) {
   const auto error = detail::validate(options);
@@ -7611,14 +7430,14 @@ inline Proxy::Proxy(Options options) {
 inline Proxy::~Proxy() = default;
 
 inline bool Proxy::listen(const std::string &host, int port) {
-  return impl_->bind(host, port) >= 0 && impl_->run();
+  return impl_->server.bind(host, port) >= 0 && impl_->server.run();
 }
 
 inline int Proxy::bind_to_any_port(const std::string &host) {
-  return impl_->bind(host, 0);
+  return impl_->server.bind(host, 0);
 }
 
-inline bool Proxy::listen_after_bind() { return impl_->run(); }
+inline bool Proxy::listen_after_bind() { return impl_->server.run(); }
 
 inline void Proxy::stop() { impl_->server.stop(); }
 
@@ -7630,7 +7449,7 @@ inline Status Proxy::status() const {
 
 inline httplib::Server &Proxy::routes(std::string prefix) {
   impl_->require_not_listening("routes");
-  return impl_->routes.at(std::move(prefix));
+  return impl_->routes.at(prefix);
 }
 
 inline void
@@ -7647,8 +7466,7 @@ inline Options options_from_env(Options defaults) {
     const auto warning = detail::unknown_setting(*variable);
     if (!warning.empty()) { log(warning); }
   }
-  return detail::read_settings(
-      std::move(defaults), [](const char *name) { return std::getenv(name); });
+  return detail::read_settings(std::move(defaults), std::getenv);
 }
 
 // ---- serve ------------------------------------------------------------------
@@ -7661,7 +7479,7 @@ inline void open_standard_descriptors() {
   while (fd >= 0 && fd <= STDERR_FILENO) {
     fd = ::open("/dev/null", O_RDWR);
   }
-  if (fd >= 0) { ::close(fd); }
+  Descriptor(fd).reset(); // one too many
 }
 
 // The settings as serve() uses them. Throws std::invalid_argument.
@@ -7712,23 +7530,6 @@ inline sigset_t block_signals() {
   return signals;
 }
 
-// From now on, one of `signals` but SIGCHLD ends the process.
-inline void end_with_next(sigset_t &signals) {
-  sigset_t ending;
-  sigemptyset(&ending);
-  for (const int number : {SIGTERM, SIGINT, SIGHUP}) {
-    if (sigismember(&signals, number) != 1) { continue; }
-    if (::getpid() == 1) { // the kernel takes no default action for it
-      ::signal(number, [](int n) { ::_exit(128 + n); });
-    } else {
-      ::signal(number, SIG_DFL);
-    }
-    sigaddset(&ending, number);
-    sigdelset(&signals, number);
-  }
-  ::pthread_sigmask(SIG_UNBLOCK, &ending, nullptr);
-}
-
 // Reaps what PID 1 inherits, but not the target, whose status the supervisor
 // wants. That one may hide others until it is reaped: then this returns true,
 // and is to be called again.
@@ -7756,38 +7557,22 @@ inline int wait_for_signal(const sigset_t &signals, bool briefly) {
 #endif
 }
 
-// Calls `stop` in a thread of its own at the first signal. The second one ends
-// the process. As PID 1, it also reaps orphans.
-class SignalThread {
-public:
-  // `signals` are blocked. Throws std::system_error.
-  SignalThread(const sigset_t &signals, const Supervisor &supervisor,
-               std::function<void()> stop)
-      : signals_(signals), supervisor_(supervisor), stop_(std::move(stop)),
-        thread_([this] { run(); }) {}
-  ~SignalThread() {
-    over_ = true;
-    ::pthread_kill(thread_.native_handle(), SIGCHLD); // wakes it
-    thread_.join();
+// Until it is `over`, which a SIGCHLD tells: calls `stop` at the first of
+// `signals`, which are blocked, and ends the process at the second. As PID 1,
+// it also reaps orphans.
+inline void handle_signals(const sigset_t &signals,
+                           const std::atomic<bool> &over,
+                           const Supervisor &supervisor,
+                           const std::function<void()> &stop) {
+  bool stopping = false;
+  while (!over) {
+    const bool again = ::getpid() == 1 && reap_orphans(supervisor);
+    const int number = wait_for_signal(signals, again);
+    if (number <= 0 || number == SIGCHLD) { continue; }
+    if (std::exchange(stopping, true)) { ::_exit(128 + number); }
+    stop();
   }
-
-private:
-  void run() {
-    while (!over_) {
-      const bool again = ::getpid() == 1 && reap_orphans(supervisor_);
-      const int number = wait_for_signal(signals_, again);
-      if (number <= 0 || number == SIGCHLD) { continue; }
-      end_with_next(signals_);
-      stop_();
-    }
-  }
-
-  sigset_t signals_;
-  const Supervisor &supervisor_;
-  const std::function<void()> stop_;
-  std::atomic<bool> over_{false};
-  std::thread thread_; // the last member: it uses the others
-};
+}
 
 } // namespace detail
 
@@ -7796,10 +7581,8 @@ private:
 inline void Proxy::Impl::serve(const sigset_t &signals, detail::Vercel *vercel,
                                detail::SteadyClock::time_point began) {
   using detail::concat;
-  using detail::printable;
-  using std::chrono::milliseconds;
   errno = 0;
-  const int port = bind(config.host, config.port);
+  const int port = server.bind(config.host, config.port);
   const int error = errno; // getaddrinfo(3) leaves it alone
   const auto address =
       concat(config.host, ":", detail::decimal(port < 0 ? config.port : port));
@@ -7809,22 +7592,27 @@ inline void Proxy::Impl::serve(const sigset_t &signals, detail::Vercel *vercel,
                error ? detail::error_text(error) : "no such address",
                " (see HOST and PORT)"));
   }
-  log(printable(concat("listening on ", address, "; ", config.binary,
-                       config.prewarm ? " starts now"
-                                      : " starts with the first request")));
-  const detail::SignalThread thread(signals, supervisor, [&] {
+  log(detail::printable(concat(
+      "listening on ", address, "; ", config.binary,
+      config.prewarm ? " starts now" : " starts with the first request")));
+  const auto stop = [&] {
     server.stop();
     if (vercel) { vercel->flush(); }
     log("stopping: running requests may finish; a second signal ends them");
-  });
+  };
+  std::atomic<bool> over{false};
+  std::thread thread(
+      [&] { detail::handle_signals(signals, over, supervisor, stop); });
   if (vercel) {
-    vercel->started(std::chrono::duration_cast<milliseconds>(
+    vercel->started(std::chrono::duration_cast<std::chrono::milliseconds>(
                         detail::SteadyClock::now() - began),
                     port);
   }
-  if (!run()) {
-    throw std::runtime_error("cannot accept connections any more");
-  }
+  const bool good = server.run();
+  over = true;
+  ::pthread_kill(thread.native_handle(), SIGCHLD);
+  thread.join();
+  if (!good) { throw std::runtime_error("cannot accept connections"); }
 }
 
 inline int serve(Options options, int argc, const char *const *argv) {
