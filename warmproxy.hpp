@@ -3694,61 +3694,7 @@ private:
   std::string exit_text_; // empty: it has not exited
 };
 
-// ---- Supervisor: connecting without blocking
-// ---------------------------------
-
-// Gets a connection from the first of some endpoints that takes one. A connect
-// that meets a full backlog is dialed again sooner than the kernel would send
-// its next SYN, which is after 1, 3 and 7 s.
-class Dialer {
-public:
-  Dialer() = default;
-  explicit Dialer(std::vector<Endpoint> endpoints)
-      : endpoints_(std::move(endpoints)) {}
-
-  // Returns 0 when connected, EINPROGRESS, or why there is no connection.
-  int advance(Time now);
-  const Endpoint &endpoint() const { return endpoints_[at_]; }
-  int fd() const { return fd_.get(); }
-  Descriptor take() { return std::move(fd_); }
-  Time redial_at() const { return redial_at_; }
-
-private:
-  int state() const;
-
-  std::vector<Endpoint> endpoints_;
-  std::size_t at_ = 0;
-  Descriptor fd_;
-  int first_error_ = 0;
-  milliseconds patience_{20};
-  Time redial_at_{};
-};
-
-inline int Dialer::advance(Time now) {
-  for (;;) {
-    if (!fd_) {
-      fd_ = dial(endpoint());
-      redial_at_ = later(now, patience_);
-    }
-    const int error = fd_ ? state() : errno;
-    if (error == 0 || (error == EINPROGRESS && now < redial_at_)) {
-      return error;
-    }
-    fd_.reset();
-    if (error == EINPROGRESS) {
-      patience_ = std::min(patience_ * 2, milliseconds(1000));
-      continue;
-    }
-    if (at_ == 0) { first_error_ = error; }
-    if (at_ + 1 == endpoints_.size()) { return first_error_; }
-    ++at_;
-  }
-}
-
-inline int Dialer::state() const {
-  pollfd out{fd_.get(), POLLOUT, 0};
-  return ::poll(&out, 1, 0) > 0 ? connect_error(fd_.get()) : EINPROGRESS;
-}
+// ---- Supervisor: the readiness probe
 
 // How long to wait after a connect that was refused. It costs 15 us, so one
 // every 250 us takes 6 % of a core, and soon less; never is it 2 ms late.
@@ -3757,12 +3703,10 @@ inline Time::duration connect_pause(Time::duration elapsed) {
       elapsed / 2000, std::chrono::microseconds(250), milliseconds(2));
 }
 
-// ---- Supervisor: the readiness probe
-
-// One GET of Options::health_path, from the connect to the head of the final
-// response. Redirects to the same server are followed: Prometheus and others
-// redirect `/` to a page that answers 503 until they are ready, so what counts
-// is where a browser would end.
+// One GET of a path, from the connect to the head of the final response; with
+// an empty path, only the connect. Redirects to the same server are followed:
+// Prometheus and others redirect `/` to a page that answers 503 until they are
+// ready, so what counts is where a browser would end.
 class Question {
 public:
   enum class State {
@@ -3774,169 +3718,175 @@ public:
     ready
   };
 
-  Question(std::vector<Endpoint> endpoints, std::string path, std::string host)
-      : dialer_(std::move(endpoints)), path_(std::move(path)),
-        host_(std::move(host)) {}
+  Question() = default; // one that could not be asked
+  // Asks the first of `endpoints` that accepts a connection.
+  Question(std::vector<Endpoint> endpoints, std::string path, std::string host,
+           Time now)
+      : endpoints_(std::move(endpoints)), path_(std::move(path)),
+        host_(std::move(host)), state_(State::connecting),
+        seen_("its backlog is full"), asked_at_(now) {}
 
   // Goes on as far as it can without waiting.
-  void advance(Time now);
+  void advance(Time now) {
+    while (state_ == State::connecting ? connect() : receive()) {}
+    if (now >= deadline()) { fd_.reset(); }
+  }
   State state() const { return state_; }
   bool is_open() const { return state_ <= State::asked; }
   const std::string &seen() const { return seen_; } // for people to read
-  const Endpoint &endpoint() const { return dialer_.endpoint(); }
-  Time accepted_at() const { return accepted_at_; } // max(): not yet
-  Time redial_at() const {
-    return state_ == State::connecting ? dialer_.redial_at() : Time::max();
+  const Endpoint &endpoint() const { return endpoints_.front(); }
+  Time asked_at() const { return asked_at_; }
+  // When another one may be asked, in a series that began at `began`.
+  Time next_at(Time began) const {
+    if (state_ == State::connecting) { return Time::max(); }
+    if (state_ == State::asked) {
+      return later(asked_at_, milliseconds(WARMPROXY_PROBE_PATIENCE));
+    }
+    // One that was answered costs the target much more than a connect.
+    const auto pause = connect_pause(ended_at_ - began);
+    return ended_at_ + (state_ == State::no_connection ? pause : 40 * pause);
   }
-  // What to wait for; no descriptor: nothing.
+  // What to wait for.
   pollfd event() const {
-    return state_ == State::connecting ? pollfd{dialer_.fd(), POLLOUT, 0}
-                                       : pollfd{fd_.get(), POLLIN, 0};
+    const bool connecting = state_ == State::connecting;
+    return {fd_.get(), static_cast<short>(connecting ? POLLOUT : POLLIN), 0};
   }
-  // Reads the rest of a response and closes the connection behind it: many
-  // servers log an error if it is closed before.
-  void finish();
+  // The rest of a response has a second: many servers log an error if the
+  // connection is closed before.
+  Time deadline() const {
+    return fd_ && !is_open() ? later(ended_at_, seconds(1)) : Time::max();
+  }
 
 private:
-  void connect(Time now);
-  bool receive();
-  void read_response();
-  void judge(const ResponseHead &response);
-  std::string redirect_path(const ResponseHead &response) const;
-  void end(State state, std::string seen);
-  void end_without_response(std::string_view why) {
-    end(State::no_response, concat("no answer to GET ", path_, " (", why, ")"));
+  // Like receive(), returns whether to go on.
+  bool connect() {
+    if (!fd_) { fd_ = dial(endpoint()); }
+    int error = errno;
+    if (fd_) {
+      pollfd out{fd_.get(), POLLOUT, 0};
+      if (::poll(&out, 1, 0) <= 0) { return false; }
+      error = connect_error(fd_.get());
+    }
+    if (error == 0) { return send_request(); }
+    fd_.reset();
+    if (error_ == 0) { error_ = error; }
+    if (endpoints_.size() > 1) {
+      endpoints_.erase(endpoints_.begin());
+      return true;
+    }
+    auto text = error_text(error_);
+    text[0] = to_lower(text[0]);
+    return end(State::no_connection, std::move(text));
   }
 
-  Dialer dialer_;
+  bool send_request() {
+    if (path_.empty()) {
+      fd_.reset();
+      return end(State::ready, "connected");
+    }
+    state_ = State::asked;
+    seen_ = concat("no answer to GET ", path_);
+    const auto request = concat("GET ", path_, " HTTP/1.1\r\nHost: ", host_,
+                                "\r\nUser-Agent: warmproxy/" WARMPROXY_VERSION
+                                "\r\nAccept: */*\r\n\r\n");
+    const auto n = ::send(fd_.get(), request.data(), request.size(),
+                          MSG_DONTWAIT | MSG_NOSIGNAL);
+    return n == static_cast<ssize_t>(request.size()) ||
+           end_without_response("connection closed");
+  }
+
+  bool receive() {
+    if (!fd_) { return false; }
+    char bytes[16384];
+    const auto n = ::recv(fd_.get(), bytes, sizeof(bytes), MSG_DONTWAIT);
+    if (n < 0 && would_block(errno)) { return false; }
+    if (n <= 0) {
+      fd_.reset();
+      return is_open() && end_without_response("connection closed");
+    }
+    const std::string_view arrived(bytes, static_cast<std::size_t>(n));
+    if (!is_open()) { return skip(arrived); }
+    received_ += arrived;
+    return read_response();
+  }
+
+  bool read_response() {
+    while (const auto size = head_end(received_)) {
+      ResponseHead response;
+      const auto refusal =
+          parse_response(received_.substr(0, size), "GET", response);
+      received_.erase(0, size);
+      if (refusal) {
+        return end_without_response(concat("malformed: ", refusal.reason));
+      }
+      if (response.status >= 200) { return judge(response); }
+    }
+    return received_.size() < WARMPROXY_MAX_HEAD_SIZE ||
+           end_without_response("its head is too large");
+  }
+
+  bool judge(const ResponseHead &response) {
+    const auto status = response.status;
+    if (auto path = redirect_path(response); !path.empty()) {
+      ++redirects_;
+      path_ = std::move(path);
+      endpoints_.resize(1);
+      fd_.reset();
+      received_.clear();
+      state_ = State::connecting;
+      return true;
+    }
+    end(status >= 502 && status <= 504 ? State::not_yet : State::ready,
+        concat("GET ", path_, " answered ", decimal(status)));
+    rest_ = response.framing;
+    return skip(received_);
+  }
+
+  // Where a redirect leads on this server; "" if it does not, or this is none.
+  std::string redirect_path(const ResponseHead &response) const {
+    if (response.status < 300 || response.status > 399 || redirects_ == 5) {
+      return {};
+    }
+    const auto location = until(response.value(FieldName::location), '#');
+    if (is_absolute_path(location)) { return std::string(location); }
+    Uri uri;
+    if (!split_uri(location, uri) || !equals_ignore_case(uri.scheme, "http") ||
+        !equals_ignore_case(uri.authority, host_)) {
+      return {};
+    }
+    return concat(starts_with(uri.path, "/") ? "" : "/", uri.path);
+  }
+
+  bool skip(std::string_view bytes) {
+    rest_.take(bytes);
+    if (rest_.done() || rest_.malformed()) { fd_.reset(); }
+    return true;
+  }
+
+  bool end_without_response(std::string_view why) {
+    fd_.reset();
+    return end(State::no_response,
+               concat("no answer to GET ", path_, " (", why, ")"));
+  }
+
+  bool end(State state, std::string seen) {
+    state_ = state;
+    seen_ = std::move(seen);
+    ended_at_ = RunningClock::now();
+    return false;
+  }
+
+  std::vector<Endpoint> endpoints_; // the one in use, then those left to try
   std::string path_, host_;
   Descriptor fd_;
-  State state_ = State::connecting;
-  std::string seen_ = "its backlog is full";
-  Time accepted_at_ = Time::max();
+  State state_ = State::no_connection;
+  int error_ = 0; // of the first endpoint
+  std::string seen_ = "no listening port found";
+  Time asked_at_{}, ended_at_{};
   std::string received_;
   int redirects_ = 0;
   Framing rest_; // of the final response
 };
-
-inline void Question::advance(Time now) {
-  if (state_ == State::connecting) { connect(now); }
-  while (state_ == State::asked && receive()) {
-    read_response();
-    if (state_ == State::connecting) { connect(now); } // a redirect
-  }
-}
-
-inline void Question::end(State state, std::string seen) {
-  state_ = state;
-  seen_ = std::move(seen);
-  fd_.reset();
-}
-
-inline void Question::connect(Time now) {
-  const int error = dialer_.advance(now);
-  if (error == EINPROGRESS) { return; }
-  if (error) {
-    auto text = error_text(error);
-    text[0] = to_lower(text[0]);
-    return end(State::no_connection, std::move(text));
-  }
-  fd_ = dialer_.take();
-  accepted_at_ = std::min(accepted_at_, now);
-  if (path_.empty()) { return end(State::ready, "connected"); }
-  state_ = State::asked;
-  seen_ = concat("no answer to GET ", path_);
-  const auto request = concat("GET ", path_, " HTTP/1.1\r\nHost: ", host_,
-                              "\r\nUser-Agent: warmproxy/", WARMPROXY_VERSION,
-                              "\r\nAccept: */*\r\n\r\n");
-  const auto n = ::send(fd_.get(), request.data(), request.size(),
-                        MSG_DONTWAIT | MSG_NOSIGNAL);
-  if (n != static_cast<ssize_t>(request.size())) {
-    end_without_response("connection closed");
-  }
-}
-
-// Returns whether something has arrived.
-inline bool Question::receive() {
-  char bytes[16384];
-  const auto n = ::recv(fd_.get(), bytes, sizeof(bytes), MSG_DONTWAIT);
-  if (n > 0) {
-    received_.append(bytes, static_cast<std::size_t>(n));
-    return true;
-  }
-  if (n == 0 || !would_block(errno)) {
-    end_without_response("connection closed");
-  }
-  return false;
-}
-
-inline void Question::read_response() {
-  while (const auto end = head_end(received_)) {
-    ResponseHead response;
-    const auto refusal =
-        parse_response(received_.substr(0, end), "GET", response);
-    received_.erase(0, end);
-    if (refusal) {
-      return end_without_response(concat("malformed: ", refusal.reason));
-    }
-    if (response.status >= 200) { return judge(response); }
-  }
-  if (received_.size() >= WARMPROXY_MAX_HEAD_SIZE) {
-    end_without_response("its head is too large");
-  }
-}
-
-inline void Question::judge(const ResponseHead &response) {
-  const auto status = response.status;
-  if (const auto path = redirect_path(response); !path.empty()) {
-    ++redirects_;
-    path_ = path;
-    dialer_ = Dialer({endpoint()});
-    fd_.reset();
-    received_.clear();
-    state_ = State::connecting;
-    return;
-  }
-  seen_ = concat("GET ", path_, " answered ", decimal(status));
-  state_ = status >= 502 && status <= 504 ? State::not_yet : State::ready;
-  rest_ = response.framing;
-  rest_.take(received_);
-  finish();
-}
-
-// Where a redirect leads on this server; "" if it does not, or this is none.
-inline std::string Question::redirect_path(const ResponseHead &response) const {
-  if (response.status < 300 || response.status > 399 || redirects_ == 5) {
-    return {};
-  }
-  const auto port = concat(":", decimal(endpoint().port));
-  auto location = until(response.value(FieldName::location), '#');
-  for (const auto &authority :
-       {host_, endpoint().text(), concat("localhost", port)}) {
-    const auto own = concat("http://", authority);
-    if (!starts_with_ignore_case(location, own)) { continue; }
-    const auto path = location.substr(own.size());
-    if (path.empty()) { return "/"; }
-    if (path[0] == '?') { return concat("/", path); }
-    if (path[0] == '/') {
-      location = path;
-      break;
-    }
-  }
-  const bool here = starts_with(location, "/") && !starts_with(location, "//");
-  return here ? std::string(location) : "";
-}
-
-inline void Question::finish() {
-  char bytes[16384];
-  while (fd_ && !rest_.done() && !rest_.malformed()) {
-    const auto n = ::recv(fd_.get(), bytes, sizeof(bytes), MSG_DONTWAIT);
-    if (n < 0 && would_block(errno)) { return; }
-    if (n <= 0) { break; }
-    rest_.take({bytes, static_cast<std::size_t>(n)});
-  }
-  fd_.reset();
-}
 
 // The questions to one target, until one says that it is ready. A question that
 // the target has accepted is never given up: on a server with one thread the
@@ -3944,136 +3894,64 @@ inline void Question::finish() {
 // is put beside it, for a worker that died with the first.
 class Probe {
 public:
-  explicit Probe(const Config &config) : config_(config) {}
+  using State = Question::State;
 
   // Forgets all questions. Without endpoints nothing can be asked.
-  void aim(std::vector<Endpoint> endpoints);
-  bool can_ask() const { return !endpoints_.empty(); }
-  bool should_ask(Time now) const { return can_ask() && now >= ask_at(); }
-  void ask(std::string host, Time now);
+  void aim(std::vector<Endpoint> endpoints) {
+    questions_.clear();
+    questions_.emplace_back();
+    endpoints_ = std::move(endpoints);
+    began_ = RunningClock::now();
+  }
+
+  void ask(std::string path, std::string host, Time now) {
+    if (!latest().is_open()) { questions_.pop_back(); }
+    questions_.emplace_back(endpoints_, std::move(path), std::move(host), now);
+    advance(now);
+  }
+
   // Goes on as far as it can without waiting.
-  void advance(Time now);
+  void advance(Time now) {
+    for (auto &question : questions_) {
+      question.advance(now);
+    }
+    if (questions_.size() == 1) { return; }
+    if (questions_.front().state() == State::ready) {
+      questions_.pop_back();
+    } else if (!questions_.front().is_open() || is_ready()) {
+      questions_.pop_front();
+    }
+  }
 
-  bool is_ready() const { return state_ == Question::State::ready; }
-  bool is_open() const; // a question is under way
-  // Of the latest question:
-  Question::State state() const { return state_; }
-  Time asked_at() const { return asked_at_; }
-  std::string seen() const;
-  // The one that answered last.
-  const Endpoint &endpoint() const { return endpoint_; }
-
-  Time deadline() const;
-  std::vector<pollfd> events() const;
+  const Question &latest() const { return questions_.back(); }
+  bool is_ready() const { return latest().state() == State::ready; }
+  bool is_open() const { // a question is under way
+    return questions_.front().is_open() || latest().is_open();
+  }
+  // Whether one may be asked early.
+  bool can_ask() const {
+    return !endpoints_.empty() && !is_ready() && !is_open();
+  }
+  // When the next question is due.
+  Time ask_at() const {
+    const bool both_open = questions_.size() == 2 && latest().is_open();
+    if (endpoints_.empty() || is_ready() || both_open) { return Time::max(); }
+    return std::max(questions_.front().next_at(began_),
+                    latest().next_at(began_));
+  }
+  void add_events(std::vector<pollfd> &events, Time &until) const {
+    for (const auto &question : questions_) {
+      events.push_back(question.event());
+      until = std::min(until, question.deadline());
+    }
+  }
 
 private:
-  void note(const Question &question, bool latest, Time now);
-  Time ask_at() const;
-
-  const Config &config_;
   std::vector<Endpoint> endpoints_;
-  std::list<Question> questions_; // under way; the latest one is the last
-  Question::State state_ = Question::State::connecting;
-  std::string seen_;
-  Endpoint endpoint_;
-  Time began_{}, asked_at_{}, pause_until_{};
-  Time finish_until_ = Time::max(); // of the response that said "ready"
+  // The latest one, and before it one that is still open.
+  std::list<Question> questions_{1};
+  Time began_{};
 };
-
-inline void Probe::aim(std::vector<Endpoint> endpoints) {
-  questions_.clear();
-  endpoints_ = std::move(endpoints);
-  state_ = Question::State::connecting;
-  seen_ = "no listening port found";
-  began_ = pause_until_ = RunningClock::now();
-  finish_until_ = Time::max();
-}
-
-inline void Probe::ask(std::string host, Time now) {
-  questions_.emplace_back(endpoints_, config_.health_path, std::move(host));
-  state_ = Question::State::connecting;
-  asked_at_ = now;
-  advance(now);
-}
-
-inline void Probe::advance(Time now) {
-  if (is_ready()) {
-    for (auto &question : questions_) {
-      question.finish();
-    }
-    if (now >= finish_until_ || events().empty()) { questions_.clear(); }
-    return;
-  }
-  for (auto it = questions_.begin(); it != questions_.end() && !is_ready();) {
-    it->advance(now);
-    const bool latest =
-        std::next(it) == questions_.end() && state_ <= Question::State::asked;
-    if (latest) { state_ = it->state(); }
-    if (it->is_open()) {
-      ++it;
-      continue;
-    }
-    note(*it, latest, now);
-    it = is_ready() ? std::next(it) : questions_.erase(it);
-  }
-  if (is_ready()) {
-    questions_.remove_if([](const Question &q) { return q.is_open(); });
-  }
-}
-
-inline void Probe::note(const Question &question, bool latest, Time now) {
-  const auto state = question.state();
-  if (state >= Question::State::not_yet) { endpoint_ = question.endpoint(); }
-  if (state == Question::State::ready) {
-    state_ = state;
-    finish_until_ = later(now, seconds(1));
-  }
-  if (latest || is_ready()) { seen_ = question.seen(); }
-  // A question that was answered costs the target much more than a connect.
-  pause_until_ = now + (state == Question::State::no_connection
-                            ? connect_pause(now - began_)
-                            : std::clamp<Time::duration>((now - began_) / 50,
-                                                         milliseconds(5),
-                                                         milliseconds(200)));
-}
-
-inline bool Probe::is_open() const {
-  return !is_ready() && !questions_.empty();
-}
-
-inline std::string Probe::seen() const {
-  return state_ <= Question::State::asked && !questions_.empty()
-             ? questions_.back().seen()
-             : seen_;
-}
-
-inline Time Probe::ask_at() const {
-  if (is_ready() || questions_.size() > 1) { return Time::max(); }
-  if (questions_.empty()) { return pause_until_; }
-  const auto accepted = questions_.front().accepted_at();
-  if (accepted == Time::max()) { return accepted; }
-  return std::max(pause_until_,
-                  later(accepted, milliseconds(WARMPROXY_PROBE_PATIENCE)));
-}
-
-inline Time Probe::deadline() const {
-  if (is_ready()) { return questions_.empty() ? Time::max() : finish_until_; }
-  auto next = can_ask() ? ask_at() : Time::max();
-  for (const auto &question : questions_) {
-    next = std::min(next, question.redial_at());
-  }
-  return next;
-}
-
-inline std::vector<pollfd> Probe::events() const {
-  std::vector<pollfd> events;
-  for (const auto &question : questions_) {
-    if (question.event().fd >= 0) { events.push_back(question.event()); }
-  }
-  return events;
-}
-
-// ---- Supervisor: where the program listens
 
 // The port that is the only one; port 0: there is none, there are several, or
 // it cannot be reached. Several are never chosen from, since one may be a
@@ -4089,63 +3967,7 @@ inline Endpoint only_endpoint(const std::vector<ListeningSocket> &sockets) {
   return found;
 }
 
-// The places, each once, as "artalk listens on port 43739 and port 6060".
-inline std::string listening_text(const std::vector<ListeningSocket> &sockets) {
-  std::set<std::string> named;
-  std::string text;
-  for (const auto &socket : sockets) {
-    const auto port = decimal(socket.port);
-    const auto address =
-        socket.ipv6 ? concat("[", socket.address, "]") : socket.address;
-    const auto place =
-        socket.reachable ? concat("port ", port) : concat(address, ":", port);
-    if (!named.insert(place).second) { continue; }
-    if (text.empty()) {
-      append(text, socket.program, " listens on ", place);
-    } else {
-      append(text, " and ", place);
-      if (socket.program != sockets.front().program) {
-        append(text, " (", socket.program, ")");
-      }
-    }
-  }
-  return text;
-}
-
-// What is wrong with where the program listens, and what to set; "" if nothing
-// is. `port`: where it should, or any_port.
-inline std::string
-explain_listening(const std::vector<ListeningSocket> &sockets, int port) {
-  std::set<int> ports, reachable;
-  for (const auto &socket : sockets) {
-    ports.insert(socket.port);
-    if (socket.reachable) { reachable.insert(socket.port); }
-  }
-  const bool any = port == any_port;
-  if (ports.empty() || reachable.count(port) ||
-      (any && ports.size() == 1 && reachable.size() == 1)) {
-    return {};
-  }
-  const auto text =
-      concat(listening_text(sockets),
-             any ? ""
-                 : concat(", not on ", reachable.empty() ? "127.0.0.1:" : "",
-                          decimal(port)),
-             ": ");
-  const auto otherwise = any ? "" : " or make it listen on $PORT";
-  if (reachable.empty()) {
-    return concat(text, "make it listen on 127.0.0.1",
-                  any ? "" : concat(":", decimal(port)));
-  }
-  if (reachable.size() == 1) {
-    return concat(text,
-                  "set WARMPROXY_TARGET_PORT=", decimal(*reachable.begin()),
-                  otherwise);
-  }
-  return concat(text, "set WARMPROXY_TARGET_PORT to the right one", otherwise);
-}
-
-// ---- Supervisor: leases
+// ---- Supervisor -------------------------------------------------------------
 
 // Why a request cannot have the target.
 struct Failure {
@@ -4153,74 +3975,6 @@ struct Failure {
   std::string reason;
   milliseconds retry_after{0};
 };
-
-class Supervisor;
-
-// RAII permit to use the target; the idle timer does not run while any lease
-// exists. One that waits for the target is not granted yet.
-class Lease {
-public:
-  Lease() = default;
-  Lease(const Lease &) = delete;
-  Lease &operator=(const Lease &) = delete;
-  ~Lease();
-
-  explicit operator bool() const { return supervisor_ != nullptr; } // granted
-  std::uint64_t generation() const { return generation_; } // of the target
-  const Endpoint &endpoint() const { return endpoint_; }
-  // A header line if the request had to wait for a start, else "".
-  const std::string &server_timing() const { return server_timing_; }
-  // How long this start has taken so far, or else the wait for it.
-  seconds waited() const {
-    return since_ == SteadyClock::time_point::max()
-               ? seconds(0)
-               : std::chrono::duration_cast<seconds>(
-                     SteadyClock::now() - std::min(since_, start_began_));
-  }
-
-private:
-  friend class Supervisor;
-
-  Supervisor *supervisor_ = nullptr;
-  std::uint64_t generation_ = 0;
-  Endpoint endpoint_;
-  std::string server_timing_;
-  // max(): it does not wait.
-  SteadyClock::time_point since_ = SteadyClock::time_point::max();
-  SteadyClock::time_point start_began_ = since_;
-  std::uint64_t failures_ = 0; // of starts, before it waited
-};
-
-// The pauses between failed starts: 100 ms, doubling to 5 s.
-class BackOff {
-public:
-  void reset() { pause_ = milliseconds(0); }
-  void failed(Time now) {
-    lengthen();
-    until_ = later(now, pause_);
-  }
-  // A target that was up has exited. The first time it may be chance, but one
-  // that keeps exiting as soon as it is up is started no more often than one
-  // that cannot start.
-  void exited(bool at_once, Time now) {
-    if (!at_once) { reset(); }
-    until_ = later(now, pause_);
-    if (at_once) { lengthen(); }
-  }
-  milliseconds pause() const { return pause_; }
-  Time until() const { return until_; }
-
-private:
-  void lengthen() {
-    pause_ = std::clamp(pause_ * 2, milliseconds(100), milliseconds(5000));
-  }
-
-  milliseconds pause_{0};
-  Time until_{};
-};
-
-// ---- Supervisor
-// ---------------------------------------------------------------
 
 // Owns the target's whole life, from one thread: only one start can be under
 // way, no lock guards the process, and the thread that PR_SET_PDEATHSIG follows
@@ -4230,11 +3984,54 @@ private:
 // whether it is still there.
 class Supervisor {
 public:
+  // RAII permit to use the target; the idle timer does not run while any lease
+  // exists. One that waits for the target is not granted yet.
+  class Lease {
+  public:
+    Lease() = default;
+    Lease(const Lease &) = delete;
+    Lease &operator=(const Lease &) = delete;
+    ~Lease() {
+      if (!supervisor_) { return; }
+      const Lock lock(supervisor_->mutex_);
+      if (--supervisor_->status_.in_flight == 0) {
+        supervisor_->last_use_ = RunningClock::now();
+      }
+    }
+
+    std::uint64_t generation() const { return generation_; } // of the target
+    const Endpoint &endpoint() const { return endpoint_; }
+    // A header line if the request had to wait for a start, else "".
+    const std::string &server_timing() const { return server_timing_; }
+    // How long this start has taken so far, or else the wait for it.
+    seconds waited() const {
+      return std::chrono::duration_cast<seconds>(
+          SteadyClock::now() - std::min(since_, start_began_));
+    }
+
+  private:
+    friend class Supervisor;
+
+    Supervisor *supervisor_ = nullptr; // once it is granted
+    std::uint64_t generation_ = 0;
+    Endpoint endpoint_;
+    std::string server_timing_;
+    // max(): it does not wait.
+    SteadyClock::time_point since_ = SteadyClock::time_point::max();
+    SteadyClock::time_point start_began_ = since_;
+    std::uint64_t failures_ = 0; // of starts, before it waited
+  };
+
   // Throws std::system_error.
-  Supervisor(const Config &config, const Log &log);
-  Supervisor(const Supervisor &) = delete;
-  Supervisor &operator=(const Supervisor &) = delete;
-  ~Supervisor();
+  Supervisor(const Config &config, const Log &log)
+      : config_(config), log_(log), process_(config, log) {
+    endpoint_.port = std::max(config.target_port, 0);
+    thread_ = std::thread([this] { run(); });
+  }
+  ~Supervisor() {
+    stop(SteadyClock::now() + clamped(config_.stop_timeout));
+    join();
+  }
 
   enum class Access {
     granted,
@@ -4243,78 +4040,495 @@ public:
   };
   // Asks for the target, and starts it where need be. `host` is the request's
   // Host, for the readiness probe.
-  Access acquire(Lease &lease, std::string_view host, Failure &failure);
+  Access acquire(Lease &lease, std::string_view host, Failure &failure) {
+    const Lock lock(mutex_);
+    if (state_ == State::up && !stopping_) { return grant(lease); }
+    if (lease.since_ == SteadyClock::time_point::max()) {
+      lease.since_ = SteadyClock::now();
+      lease.failures_ = failures_;
+      hosts_[1] = host;
+    }
+    const auto pause = start_at_ - RunningClock::now();
+    if (draining_) {
+      failure = {503, "shutting down", milliseconds(0)};
+    } else if (failures_ != lease.failures_) {
+      failure = failure_;
+    } else if (state_ == State::starting) {
+      // Of a target that was up, the start is long ago.
+      if (began_ > up_since_) { lease.start_began_ = began_; }
+      return Access::pending;
+    } else if (!wanted_ && pause.count() > 0) {
+      failure = {503,
+                 concat(failure_.reason, "; it is started again in a moment"),
+                 std::chrono::ceil<milliseconds>(pause)};
+    } else {
+      if (!std::exchange(wanted_, true)) { hosts_[0] = host; }
+      wakeup_.wake();
+      return Access::pending;
+    }
+    return Access::failed;
+  }
+
   // Called from any thread when pending requests should ask again.
-  void on_change(std::function<void()> notify);
+  void on_change(std::function<void()> notify) {
+    const Lock lock(mutex_);
+    notify_ = std::move(notify);
+  }
+
   // Called by the supervisor's thread before the target is asked to stop.
-  void before_stop(std::function<void()> close_idle);
+  void before_stop(std::function<void()> close_idle) {
+    const Lock lock(callback_mutex_);
+    close_idle_ = std::move(close_idle);
+  }
+
   // A new connection was refused, or closed without a response: is the target
   // still there?
-  void suspect(const Lease &lease);
+  void suspect(const Lease &lease) {
+    const Lock lock(mutex_);
+    if (state_ != State::up || lease.generation_ != status_.starts) { return; }
+    state_ = State::starting;
+    wakeup_.wake();
+  }
+
   // Starts the target without a request.
-  void prewarm();
+  void prewarm() {
+    const Lock lock(mutex_);
+    wanted_ = true;
+    wakeup_.wake();
+  }
+
   // Starts it no more: requests that wait fail with 503 at once.
-  void drain();
+  void drain() {
+    const Lock lock(mutex_);
+    draining_ = true;
+    changed();
+    wakeup_.wake();
+  }
+
   // Stops it for good, and does not wait; join() does.
-  void stop(SteadyClock::time_point deadline);
-  void join();
-  Status status() const;
+  void stop(SteadyClock::time_point deadline) {
+    stop_deadline_ = deadline;
+    stopping_ = true;
+    drain();
+  }
+
+  void join() {
+    if (thread_.joinable()) { thread_.join(); }
+  }
+
+  Status status() const {
+    using std::chrono::duration_cast;
+    static constexpr const char *names[] = {"cold", "starting", "up",
+                                            "stopping"};
+    const Lock lock(mutex_);
+    auto status = status_;
+    status.state = names[static_cast<int>(state_.load())];
+    status.pid = state_ == State::cold ? 0 : static_cast<long>(process_.pid());
+    status.port = endpoint_.port;
+    if (state_ == State::up) {
+      status.up_for =
+          duration_cast<milliseconds>(SteadyClock::now() - up_since_);
+    }
+    return status;
+  }
+
   bool owns(pid_t pid) const { return process_.owns(pid); }
 
 private:
-  friend class Lease;
   enum class State { cold, starting, up, stopping };
   using Lock = std::lock_guard<std::mutex>;
-
-  Access grant(Lease &lease);
-  Access fail_acquire(Failure &failure, int status, std::string reason,
-                      milliseconds retry_after);
-  void release();
-  void changed();
-
-  void run();
-  bool begin_start();
-  bool start();
-  bool start_process(Time deadline);
-  bool is_served();
-  bool wait_until_ready(Time deadline);
-  void ask(Time now);
-  bool ask_last(Time now, Time deadline);
-  bool is_ready(Time now) const;
-  void look_for_port(Time now);
-  bool report_listening();
-  std::string next_host();
-  bool give_up();
-  void become_up();
-  void watch();
-  bool is_suspected();
-  bool is_still_there();
-  bool give_up_refusing();
-  int try_connect();
-  void note_exit();
-  bool idle_too_long(Time &until);
-  void end();
-  void fail_waiting(int status, const std::string &reason);
-  bool fail(int status, const std::string &reason, const std::string &line);
-  bool fail(int status, const std::string &reason) {
-    return fail(status, reason, reason);
-  }
-  void set_state(State state);
-  bool is_draining() const;
-  bool is_stopping() const;
-  void wait(Time until, std::vector<pollfd> events);
-
-  std::string place_text() const; // "pid 1, port 2"
-  std::vector<Endpoint> endpoints() const {
-    return {{false, endpoint_.port}, {true, endpoint_.port}};
-  }
-  bool finds_port() const { return config_.target_port == any_port; }
 
   // A second beside the single port shows within this time, and a program that
   // listens elsewhere is named after it.
   static constexpr seconds settling_time{1};
   // For the answer to a question that was asked just before the deadline.
-  static constexpr milliseconds last_grace{1000};
+  static constexpr seconds last_grace{1};
+
+  Access grant(Lease &lease) {
+    ++status_.in_flight;
+    ++status_.requests;
+    lease.supervisor_ = this;
+    lease.generation_ = status_.starts;
+    lease.endpoint_ = endpoint_;
+    if (lease.since_ != SteadyClock::time_point::max()) {
+      lease.server_timing_ = concat(
+          "Server-Timing: warmproxy;desc=\"cold start\";dur=",
+          in_milliseconds(SteadyClock::now() - lease.since_),
+          ", warmproxy-spawn;dur=", in_milliseconds(spawned_ - began_),
+          ", warmproxy-ready;dur=", in_milliseconds(up_since_ - spawned_),
+          "\r\n");
+    }
+    return Access::granted;
+  }
+
+  // Under mutex_.
+  void changed() {
+    if (notify_) { notify_(); }
+  }
+
+  void set_state(State state) {
+    const Lock lock(mutex_);
+    state_ = state;
+    changed();
+  }
+
+  // Fails the requests that wait now.
+  void fail_waiting(int status, const std::string &reason) {
+    const Lock lock(mutex_);
+    failure_ = {status, reason, pause_};
+    ++failures_;
+    changed();
+  }
+
+  // The pauses between failed starts: 100 ms, doubling to 5 s.
+  void back_off() {
+    pause_ = std::clamp(pause_ * 2, milliseconds(100), milliseconds(5000));
+    const Lock lock(mutex_);
+    start_at_ = later(RunningClock::now(), pause_);
+  }
+
+  // Ends a start, or the target. The log gets `line`, or else the reason.
+  // Always false.
+  bool fail(int status, const std::string &reason,
+            const std::string &line = {}) {
+    log_(line.empty() ? reason : line);
+    back_off();
+    fail_waiting(status, reason);
+    return false;
+  }
+
+  // ---- Supervisor: the thread
+
+  void run() {
+    while (!stopping_) {
+      if (begin_start()) {
+        if (start()) { watch(); }
+        end();
+        continue;
+      }
+      // The clock of the pause only goes on while it is asked.
+      wait(RunningClock::now() < start_at_ ? start_at_ : Time::max());
+    }
+  }
+
+  // Waits for a wake-up, the target's exit, the probe or `until`, but at most
+  // `max_wait`, and lets the probe go on. Returns a time for judging deadlines:
+  // all that had arrived by then has been read.
+  Time wait(Time until) {
+    std::vector<pollfd> events = {{wakeup_.fd(), POLLIN, 0},
+                                  {process_.exit_fd(), POLLIN, 0}};
+    if (process_.started() && process_.exit_fd() < 0) {
+      until = std::min(until, after(milliseconds(10)));
+    }
+    probe_.add_events(events, until);
+    wait_for(events.data(), events.size(), until);
+    wakeup_.drain();
+    const auto now = RunningClock::now();
+    probe_.advance(now);
+    return now;
+  }
+
+  bool begin_start() {
+    const Lock lock(mutex_);
+    if (!wanted_ || draining_) { return false; }
+    wanted_ = false;
+    state_ = State::starting;
+    ++status_.starts;
+    began_ = SteadyClock::now();
+    endpoint_ = {false, config_.target_port == 0
+                            ? free_port()
+                            : std::max(config_.target_port, 0)};
+    host_turn_ = 0;
+    return true;
+  }
+
+  bool start() {
+    const auto deadline = after(config_.startup_timeout);
+    if (!is_served() && !start_process(deadline)) { return false; }
+    spawned_ = SteadyClock::now();
+    if (!wait_until_ready(deadline)) { return false; }
+    become_up();
+    return true;
+  }
+
+  // Whether a fixed port accepts a connection, on which the target is then
+  // asked. A full backlog is somebody's, too.
+  bool is_served() {
+    if (config_.target_port <= 0) { return false; }
+    probe_.aim(endpoints());
+    ask(RunningClock::now());
+    if (probe_.latest().state() == Probe::State::connecting) {
+      wait(after(milliseconds(100)));
+    }
+    if (probe_.latest().state() == Probe::State::no_connection) {
+      return false;
+    }
+    log_(concat("port ", decimal(endpoint_.port),
+                " is served already: using that, starting nothing"));
+    return true;
+  }
+
+  bool start_process(Time deadline) {
+    const auto reason = process_.start(
+        finds_port() ? free_port() : endpoint_.port,
+        [this] { return draining_.load(); }, deadline);
+    if (draining_) { return false; }
+    if (!reason.empty()) {
+      const std::string what = "the target cannot be started: ";
+      const auto colon = reason.find(": "); // clients must not learn the path
+      const auto why = colon == reason.npos ? reason : reason.substr(colon + 2);
+      return fail(502, concat(what, why), concat(what, reason));
+    }
+    log_(concat("target started (pid ", decimal(process_.pid()), ")"));
+    probe_.aim(endpoints());
+    return true;
+  }
+
+  bool finds_port() const { return config_.target_port == any_port; }
+
+  std::vector<Endpoint> endpoints() const {
+    if (endpoint_.port == 0) { return {}; }
+    if (finds_port()) { return {endpoint_}; }
+    return {{false, endpoint_.port}, {true, endpoint_.port}};
+  }
+
+  // The Hosts take turns: servers close the connection to unknown ones, and one
+  // visitor with a wrong Host must not keep the target from being found ready.
+  void ask(Time now) {
+    std::string host;
+    {
+      const Lock lock(mutex_);
+      host = hosts_[host_turn_++ % 3];
+    }
+    probe_.ask(config_.health_path, host.empty() ? "localhost" : host, now);
+  }
+
+  bool wait_until_ready(Time deadline) {
+    auto report_at = after(settling_time);
+    look_at_ = finds_port() ? Time() : Time::max();
+    settled_at_ = Time();
+    for (auto now = RunningClock::now();;) {
+      if (draining_) { return false; }
+      if (process_.exited()) {
+        return fail(502, concat("the target ", process_.exit_text(),
+                                " before it was up", process_.exit_hint()));
+      }
+      look_for_port(now);
+      // A target that is not being asked at the deadline is asked once more.
+      const bool over = now >= deadline;
+      const bool is_last =
+          over && probe_.can_ask() && probe_.latest().asked_at() < deadline;
+      if (is_last || now >= probe_.ask_at()) { ask(now); }
+      if (is_ready(now)) { return true; }
+      if (!process_.started() &&
+          probe_.latest().state() == Probe::State::no_connection) {
+        return false; // it was not ours, and has gone: start the program
+      }
+      const auto grace_end = later(probe_.latest().asked_at(), last_grace);
+      if (over && (!probe_.is_open() || now >= grace_end)) {
+        return give_up(now);
+      }
+      if (now >= report_at) {
+        const auto problem = listening_problem();
+        if (!problem.empty()) { log_(problem); }
+        report_at = problem.empty() ? later(now, settling_time) : Time::max();
+      }
+      now = wait(std::min(
+          {over ? grace_end : deadline, probe_.ask_at(), look_at_, report_at}));
+    }
+  }
+
+  bool is_ready(Time now) const {
+    return probe_.is_ready() && now >= settled_at_;
+  }
+
+  // With any_port: finds out which port is the program's, right before each
+  // question, too, since a port that it has given up may be a stranger's.
+  void look_for_port(Time now) {
+    const bool due = now >= look_at_ || now >= probe_.ask_at() || is_ready(now);
+    if (!finds_port() || !due) { return; }
+    look_at_ = later(now, milliseconds(50));
+    const auto found = only_endpoint(process_.listeners());
+    if (found.port == endpoint_.port) { return; }
+    settled_at_ = later(now, settling_time);
+    {
+      const Lock lock(mutex_);
+      endpoint_ = found;
+    }
+    probe_.aim(endpoints());
+  }
+
+  // What is wrong with where the program listens, and what to set; "" if
+  // nothing is.
+  std::string listening_problem() const {
+    const auto sockets = process_.listeners();
+    std::set<std::string> places;
+    std::set<int> ports; // that can be reached
+    for (const auto &socket : sockets) {
+      const auto address =
+          socket.ipv6 ? concat("[", socket.address, "]") : socket.address;
+      places.insert(concat(socket.reachable ? "port " : address + ":",
+                           decimal(socket.port)));
+      if (socket.reachable) { ports.insert(socket.port); }
+    }
+    const bool fine = finds_port() ? only_endpoint(sockets).port != 0
+                                   : ports.count(endpoint_.port) > 0;
+    if (sockets.empty() || fine) { return {}; }
+    std::string text;
+    for (const auto &place : places) {
+      append(text, text.empty() ? sockets[0].program + " listens on " : " and ",
+             place);
+    }
+    const auto wanted =
+        finds_port() ? "127.0.0.1" : Endpoint{false, endpoint_.port}.text();
+    if (!finds_port()) { append(text, ", not on ", wanted); }
+    if (ports.empty()) { return concat(text, ": make it listen on ", wanted); }
+    return concat(text, ": set WARMPROXY_TARGET_PORT",
+                  ports.size() == 1 ? concat("=", decimal(*ports.begin()))
+                                    : " to the right one",
+                  " or make it listen on $PORT");
+  }
+
+  // The time for the start is over. A maintenance page is better passed on than
+  // killed, but not if somebody has said what to ask for. Returns whether the
+  // target is used.
+  bool give_up(Time now) {
+    const auto time = concat(in_seconds(config_.startup_timeout), " s");
+    const auto &latest = probe_.latest();
+    if (latest.state() == Probe::State::not_yet && now >= settled_at_ &&
+        config_.health_path == "/") {
+      log_(concat("target used as it is: ", latest.seen(), " after ", time,
+                  " (see WARMPROXY_STARTUP_TIMEOUT)"));
+      return true;
+    }
+    const auto problem = listening_problem();
+    return fail(504, concat("target not ready after ", time, " (last probe: ",
+                            latest.seen(), "); see WARMPROXY_STARTUP_TIMEOUT",
+                            problem.empty() ? "" : "; ", problem));
+  }
+
+  void become_up() {
+    {
+      const Lock lock(mutex_);
+      endpoint_ = probe_.latest().endpoint();
+      up_since_ = SteadyClock::now();
+      status_.last_start =
+          std::chrono::duration_cast<milliseconds>(up_since_ - began_);
+      last_use_ = RunningClock::now();
+    }
+    if (!probe_.is_ready()) { probe_.aim({}); } // used as it is
+    set_state(State::up);
+    const auto pid = process_.pid(); // 0: it was there before
+    log_(concat("target up in ", in_seconds(up_since_ - began_), " s (",
+                pid ? concat("pid ", decimal(pid), ", ") : "", "port ",
+                decimal(endpoint_.port), ")"));
+  }
+
+  // ---- Supervisor: watching
+
+  // Returns when the target is to be ended, or has exited. One that refuses
+  // connections may be reloading, and has as long as a start may take.
+  void watch() {
+    auto refusing_since = Time::max();
+    while (!stopping_) {
+      const auto now = RunningClock::now();
+      auto until = Time::max();
+      if (process_.exited()) { return note_exit(); }
+      if (state_ == State::up) {
+        if (idle_too_long(until)) { return; }
+      } else if (!refuses_connections()) {
+        refusing_since = Time::max();
+        set_state(State::up);
+        continue;
+      } else {
+        if (!process_.started()) { return; }
+        refusing_since = std::min(refusing_since, now);
+        if (now >= later(refusing_since, config_.startup_timeout)) {
+          if (!give_up_refusing()) { return; }
+          refusing_since = now;
+        }
+        until = now + connect_pause(now - refusing_since);
+      }
+      wait(until);
+    }
+  }
+
+  // A full backlog is no evidence of death, nor is that we lack something.
+  bool refuses_connections() const {
+    const auto fd = dial(endpoint_);
+    if (!fd) { return errno == ECONNREFUSED; }
+    pollfd out{fd.get(), POLLOUT, 0};
+    ::poll(&out, 1, 100);
+    return connect_error(fd.get()) == ECONNREFUSED;
+  }
+
+  // A target that refuses connections is ended, but not in the middle of a
+  // response: any lease there is now stands for one, since a request that was
+  // dialing has been refused, too. Returns whether it is left running.
+  bool give_up_refusing() {
+    const auto reason = concat("target has refused connections for ",
+                               in_seconds(config_.startup_timeout),
+                               " s; see WARMPROXY_STARTUP_TIMEOUT");
+    if (status().in_flight == 0) { return fail(504, reason); }
+    log_(concat(reason,
+                " (left running: it still responds to another request)"));
+    fail_waiting(504, reason);
+    return true;
+  }
+
+  void note_exit() {
+    const auto lived = SteadyClock::now() - up_since_;
+    if (lived >= milliseconds(250)) {
+      pause_ = milliseconds(0);
+    } else if (pause_.count() == 0) {
+      pause_ = milliseconds(50); // the first time it may be chance
+    } else {
+      back_off();
+    }
+    {
+      const Lock lock(mutex_);
+      failure_.reason = concat("the target ", process_.exit_text());
+    }
+    log_(concat("target ", process_.exit_text(), " after ", in_seconds(lived),
+                " s; the next request starts it again"));
+  }
+
+  // Else `until` is when to ask again.
+  bool idle_too_long(Time &until) {
+    if (!config_.idle_stop.count() || !process_.started()) { return false; }
+    {
+      const Lock lock(mutex_);
+      const auto now = RunningClock::now();
+      if (status_.in_flight) { last_use_ = now; }
+      until = later(last_use_, config_.idle_stop);
+      if (now < until) { return false; }
+      pause_ = milliseconds(0);
+      state_ = State::stopping;
+    }
+    log_(concat("target stopped: idle for ", in_seconds(config_.idle_stop),
+                " s (WARMPROXY_IDLE_STOP)"));
+    return true;
+  }
+
+  // Ends the target, or what it has left of its process group.
+  void end() {
+    set_state(State::stopping);
+    probe_.aim({});
+    if (process_.started()) {
+      auto deadline = SteadyClock::now() + clamped(config_.stop_timeout);
+      if (process_.exited()) {
+        // What it has left only holds the port that the next one needs.
+        deadline = std::min(deadline, SteadyClock::now() + seconds(1));
+      } else {
+        const Lock lock(callback_mutex_);
+        if (close_idle_) { close_idle_(); }
+      }
+      process_.stop(std::min(deadline, stop_deadline_.load()));
+      const Lock lock(mutex_);
+      status_.last_exit = process_.exit_text();
+    }
+    set_state(State::cold);
+  }
 
   const Config &config_;
   const Log &log_;
@@ -4324,26 +4538,27 @@ private:
   // The thread's own.
   Probe probe_;
   unsigned host_turn_ = 0;
+  milliseconds pause_{0};         // between starts
   Time look_at_{}, settled_at_{}; // for the program's own port
 
-  mutable std::mutex mutex_; // of what follows; the thread reads what only it
-                             // writes without
+  // Guards what follows. The thread reads without it what only it writes, and
+  // the atomic ones.
+  mutable std::mutex mutex_;
   std::function<void()> notify_;
-  State state_ = State::cold;
-  bool wanted_ = false, suspected_ = false;
-  bool draining_ = false, stopping_ = false;
-  SteadyClock::time_point stop_deadline_{};
-  std::string waking_host_, latest_host_;
+  std::atomic<State> state_{State::cold};
+  std::atomic<bool> draining_{false}, stopping_{false};
+  std::atomic<SteadyClock::time_point> stop_deadline_{
+      SteadyClock::time_point::max()};
+  bool wanted_ = false;
+  // Of the request that woke the target, of the latest one that waits, none.
+  std::string hosts_[3];
   Endpoint endpoint_;
-  std::uint64_t generation_ = 0, starts_ = 0, requests_ = 0;
-  std::size_t in_flight_ = 0;
+  Status status_; // but for its state, pid, port and up_for
   Time last_use_{};
   SteadyClock::time_point began_{}, spawned_{}, up_since_{};
-  milliseconds last_start_{0};
-  std::string last_exit_;
   std::uint64_t failures_ = 0; // of starts
   Failure failure_;            // the last one
-  BackOff back_off_;
+  Time start_at_{};            // not before
 
   std::mutex callback_mutex_; // of the next; held while it runs
   std::function<void()> close_idle_;
@@ -4351,545 +4566,8 @@ private:
   std::thread thread_;
 };
 
-inline Lease::~Lease() {
-  if (supervisor_) { supervisor_->release(); }
-}
+using Lease = Supervisor::Lease;
 
-// ---- Supervisor: what requests see of it
-
-inline Supervisor::Supervisor(const Config &config, const Log &log)
-    : config_(config), log_(log), process_(config, log), probe_(config) {
-  endpoint_.port = std::max(config.target_port, 0);
-  thread_ = std::thread([this] { run(); });
-}
-
-inline Supervisor::~Supervisor() {
-  stop(SteadyClock::now() + clamped(config_.stop_timeout));
-  join();
-}
-
-inline void Supervisor::join() {
-  if (thread_.joinable()) { thread_.join(); }
-}
-
-inline void Supervisor::drain() {
-  const Lock lock(mutex_);
-  draining_ = true;
-  changed();
-  wakeup_.wake();
-}
-
-inline void Supervisor::stop(SteadyClock::time_point deadline) {
-  const Lock lock(mutex_);
-  if (stopping_) { return; }
-  draining_ = stopping_ = true;
-  stop_deadline_ = deadline;
-  changed();
-  wakeup_.wake();
-}
-
-inline Supervisor::Access
-Supervisor::acquire(Lease &lease, std::string_view host, Failure &failure) {
-  const Lock lock(mutex_);
-  if (state_ == State::up && !stopping_) { return grant(lease); }
-  const bool is_host = !host.empty() && host.size() < 300; // a name has 253
-  if (lease.since_ == SteadyClock::time_point::max()) {
-    lease.since_ = SteadyClock::now();
-    lease.failures_ = failures_;
-    if (is_host) { latest_host_ = host; }
-  }
-  if (draining_) {
-    return fail_acquire(failure, 503, "shutting down", milliseconds(0));
-  }
-  if (failures_ != lease.failures_) {
-    failure = failure_;
-    return Access::failed;
-  }
-  if (state_ == State::starting) {
-    lease.start_began_ = began_;
-    return Access::pending;
-  }
-  const auto pause = back_off_.until() - RunningClock::now();
-  if (!wanted_ && pause.count() > 0) {
-    return fail_acquire(
-        failure, 503,
-        concat(failure_.reason, "; it is started again in a moment"),
-        std::chrono::ceil<milliseconds>(pause));
-  }
-  if (!std::exchange(wanted_, true)) {
-    waking_host_ = is_host ? host : "";
-    wakeup_.wake();
-  }
-  return Access::pending;
-}
-
-inline Supervisor::Access Supervisor::grant(Lease &lease) {
-  ++in_flight_;
-  ++requests_;
-  lease.supervisor_ = this;
-  lease.generation_ = generation_;
-  lease.endpoint_ = endpoint_;
-  if (lease.since_ != SteadyClock::time_point::max()) {
-    lease.server_timing_ =
-        concat("Server-Timing: warmproxy;desc=\"cold start\";dur=",
-               in_milliseconds(SteadyClock::now() - lease.since_),
-               ", warmproxy-spawn;dur=", in_milliseconds(spawned_ - began_),
-               ", warmproxy-ready;dur=", in_milliseconds(up_since_ - spawned_),
-               "\r\n");
-  }
-  return Access::granted;
-}
-
-inline Supervisor::Access Supervisor::fail_acquire(Failure &failure, int status,
-                                                   std::string reason,
-                                                   milliseconds retry_after) {
-  failure = {status, std::move(reason), retry_after};
-  return Access::failed;
-}
-
-inline void Supervisor::release() {
-  const Lock lock(mutex_);
-  if (--in_flight_ == 0) { last_use_ = RunningClock::now(); }
-}
-
-inline void Supervisor::on_change(std::function<void()> notify) {
-  const Lock lock(mutex_);
-  notify_ = std::move(notify);
-}
-
-// Under mutex_.
-inline void Supervisor::changed() {
-  if (notify_) { notify_(); }
-}
-
-inline void Supervisor::before_stop(std::function<void()> close_idle) {
-  const Lock lock(callback_mutex_);
-  close_idle_ = std::move(close_idle);
-}
-
-inline void Supervisor::suspect(const Lease &lease) {
-  const Lock lock(mutex_);
-  if (state_ != State::up || lease.generation_ != generation_) { return; }
-  state_ = State::starting;
-  suspected_ = true;
-  wakeup_.wake();
-}
-
-inline void Supervisor::prewarm() {
-  const Lock lock(mutex_);
-  if (state_ != State::cold) { return; }
-  wanted_ = true;
-  wakeup_.wake();
-}
-
-inline Status Supervisor::status() const {
-  using std::chrono::duration_cast;
-  static constexpr const char *names[] = {"cold", "starting", "up", "stopping"};
-  const Lock lock(mutex_);
-  Status status;
-  status.state = names[static_cast<int>(state_)];
-  status.pid = state_ == State::cold ? 0 : static_cast<long>(process_.pid());
-  status.port = endpoint_.port;
-  status.starts = starts_;
-  status.last_exit = last_exit_;
-  if (state_ == State::up) {
-    status.up_for = duration_cast<milliseconds>(SteadyClock::now() - up_since_);
-  }
-  status.last_start = last_start_;
-  status.requests = requests_;
-  status.in_flight = in_flight_;
-  return status;
-}
-
-// ---- Supervisor: the thread
-
-inline void Supervisor::run() {
-  while (!is_stopping()) {
-    if (begin_start()) {
-      if (start()) { watch(); }
-      end();
-      continue;
-    }
-    // The clock of the pause only goes on while it is asked.
-    const auto pause_end = back_off_.until();
-    wait(RunningClock::now() < pause_end ? pause_end : Time::max(), {});
-  }
-}
-
-// Waits for a wake-up, the target's exit, one of `events` or `until`, but at
-// most `max_wait`.
-inline void Supervisor::wait(Time until, std::vector<pollfd> events) {
-  events.push_back({wakeup_.fd(), POLLIN, 0});
-  if (process_.exit_fd() >= 0) {
-    events.push_back({process_.exit_fd(), POLLIN, 0});
-  } else if (process_.started()) {
-    until = std::min(until, after(milliseconds(10)));
-  }
-  wait_for(events.data(), events.size(), until);
-  wakeup_.drain();
-}
-
-inline bool Supervisor::is_draining() const {
-  const Lock lock(mutex_);
-  return draining_;
-}
-
-inline bool Supervisor::is_stopping() const {
-  const Lock lock(mutex_);
-  return stopping_;
-}
-
-inline void Supervisor::set_state(State state) {
-  const Lock lock(mutex_);
-  state_ = state;
-  changed();
-}
-
-// Fails the requests that wait now. Under mutex_.
-inline void Supervisor::fail_waiting(int status, const std::string &reason) {
-  failure_ = {status, reason, back_off_.pause()};
-  ++failures_;
-  changed();
-}
-
-// What clients may know of "path: reason".
-inline std::string without_path(const std::string &reason) {
-  const auto colon = reason.find(": ");
-  return colon == reason.npos ? reason : reason.substr(colon + 2);
-}
-
-// Ends a start; the log gets `line`. Always false.
-inline bool Supervisor::fail(int status, const std::string &reason,
-                             const std::string &line) {
-  log_(line);
-  {
-    const Lock lock(mutex_);
-    back_off_.failed(RunningClock::now());
-    state_ = State::stopping;
-    fail_waiting(status, reason);
-  }
-  return false;
-}
-
-// ---- Supervisor: starting
-
-inline bool Supervisor::begin_start() {
-  const Lock lock(mutex_);
-  if (!wanted_ || draining_) { return false; }
-  wanted_ = suspected_ = false;
-  state_ = State::starting;
-  ++starts_;
-  began_ = SteadyClock::now();
-  endpoint_ = {false, config_.target_port == 0
-                          ? free_port()
-                          : std::max(config_.target_port, 0)};
-  host_turn_ = 0;
-  return true;
-}
-
-inline bool Supervisor::start() {
-  const auto deadline = after(config_.startup_timeout);
-  if (config_.target_port > 0 && is_served()) {
-    log_(concat("port ", decimal(endpoint_.port),
-                " is served already: using that, starting nothing"));
-  } else if (!start_process(deadline)) {
-    return false;
-  }
-  {
-    const Lock lock(mutex_);
-    spawned_ = SteadyClock::now();
-  }
-  if (!wait_until_ready(deadline)) { return false; }
-  become_up();
-  return true;
-}
-
-// Whether the port accepts a connection, on which the target is then asked. A
-// full backlog is somebody's, too.
-inline bool Supervisor::is_served() {
-  const auto limit = after(milliseconds(100));
-  probe_.aim(endpoints());
-  ask(RunningClock::now());
-  while (probe_.state() == Question::State::connecting &&
-         RunningClock::now() < limit) {
-    wait(std::min(limit, probe_.deadline()), probe_.events());
-    probe_.advance(RunningClock::now());
-  }
-  return probe_.state() != Question::State::no_connection;
-}
-
-inline bool Supervisor::start_process(Time deadline) {
-  const int port = finds_port() ? free_port() : endpoint_.port;
-  const auto cancelled = [this] { return is_draining(); };
-  const auto reason = process_.start(port, cancelled, deadline);
-  if (is_draining()) { return false; }
-  if (!reason.empty()) {
-    const std::string what = "the target cannot be started: ";
-    return fail(502, concat(what, without_path(reason)), concat(what, reason));
-  }
-  log_(concat("target started (", place_text(), ")"));
-  probe_.aim(finds_port() ? std::vector<Endpoint>() : endpoints());
-  return true;
-}
-
-inline std::string Supervisor::place_text() const {
-  const auto pid = process_.pid();
-  const auto port = endpoint_.port;
-  return concat(pid ? concat("pid ", decimal(pid)) : "",
-                pid && port ? ", " : "",
-                port ? concat("port ", decimal(port)) : "");
-}
-
-// The Hosts take turns: servers close the connection to unknown ones, and one
-// visitor with a wrong Host must not keep the target from being found ready.
-inline std::string Supervisor::next_host() {
-  const Lock lock(mutex_);
-  const auto turn = host_turn_++ % 3;
-  const auto host = turn == 0   ? waking_host_
-                    : turn == 1 ? latest_host_
-                                : std::string();
-  return host.empty() ? "localhost" : host;
-}
-
-inline void Supervisor::ask(Time now) { probe_.ask(next_host(), now); }
-
-inline bool Supervisor::wait_until_ready(Time deadline) {
-  auto report_at = after(settling_time);
-  look_at_ = finds_port() ? Time() : Time::max();
-  for (;;) {
-    const auto now = RunningClock::now();
-    if (is_draining()) { return false; }
-    if (process_.exited()) {
-      return fail(502, concat("the target ", process_.exit_text(),
-                              " before it was up", process_.exit_hint()));
-    }
-    // What has arrived is read before the deadline is judged.
-    probe_.advance(now);
-    look_for_port(now);
-    if (probe_.should_ask(now)) { ask(now); }
-    if (is_ready(now)) { return true; }
-    if (!process_.started() &&
-        probe_.state() == Question::State::no_connection) {
-      return false; // it was not ours, and has gone: start the program
-    }
-    if (now >= deadline && !ask_last(now, deadline)) { return give_up(); }
-    if (now >= report_at) {
-      report_at = report_listening() ? Time::max() : after(settling_time);
-    }
-    const auto end =
-        now < deadline ? deadline : later(probe_.asked_at(), last_grace);
-    wait(std::min({end, probe_.deadline(), look_at_, report_at}),
-         probe_.events());
-  }
-}
-
-// Past the deadline: whether the answer to a last question is worth waiting
-// for.
-inline bool Supervisor::ask_last(Time now, Time deadline) {
-  if (!probe_.can_ask() || probe_.is_ready()) { return false; }
-  if (!probe_.is_open() && probe_.asked_at() < deadline) { ask(now); }
-  return probe_.is_ready() ||
-         (probe_.is_open() && now < later(probe_.asked_at(), last_grace));
-}
-
-inline bool Supervisor::is_ready(Time now) const {
-  return probe_.is_ready() && (!finds_port() || now >= settled_at_);
-}
-
-// With any_port: finds out which port is the program's, right before each
-// question, too, since a port that it has given up may be a stranger's.
-inline void Supervisor::look_for_port(Time now) {
-  const bool due = now >= look_at_ || probe_.should_ask(now) || is_ready(now);
-  if (!finds_port() || !due) { return; }
-  const auto found = only_endpoint(process_.listeners());
-  if (found.port != endpoint_.port) {
-    settled_at_ = now + settling_time;
-    probe_.aim(found.port ? std::vector<Endpoint>{found}
-                          : std::vector<Endpoint>());
-    const Lock lock(mutex_);
-    endpoint_ = found;
-  }
-  const auto elapsed =
-      std::chrono::duration_cast<milliseconds>(SteadyClock::now() - began_);
-  look_at_ =
-      now + std::clamp(elapsed / 20, milliseconds(10), milliseconds(200));
-  if (now < settled_at_) { look_at_ = std::min(look_at_, settled_at_); }
-}
-
-// Returns whether there was something to report.
-inline bool Supervisor::report_listening() {
-  const auto text = explain_listening(process_.listeners(),
-                                      finds_port() ? any_port : endpoint_.port);
-  if (!text.empty()) { log_(text); }
-  return !text.empty();
-}
-
-// The time for the start is over. A maintenance page is better passed on than
-// killed, but not if somebody has said what to ask for. Returns whether the
-// target is used.
-inline bool Supervisor::give_up() {
-  const auto time = concat(in_seconds(config_.startup_timeout), " s");
-  const bool settled = !finds_port() || RunningClock::now() >= settled_at_;
-  if (probe_.state() == Question::State::not_yet && settled &&
-      config_.health_path == "/") {
-    log_(concat("target used as it is: ", probe_.seen(), " after ", time,
-                " (see WARMPROXY_STARTUP_TIMEOUT)"));
-    probe_.aim({}); // nothing is asked any more
-    return true;
-  }
-  const auto listening = explain_listening(
-      process_.listeners(), finds_port() ? any_port : endpoint_.port);
-  return fail(504, concat("target not ready after ", time, " (last probe: ",
-                          probe_.seen(), "); see WARMPROXY_STARTUP_TIMEOUT",
-                          listening.empty() ? "" : "; ", listening));
-}
-
-inline void Supervisor::become_up() {
-  {
-    const Lock lock(mutex_);
-    endpoint_ = probe_.endpoint();
-    up_since_ = SteadyClock::now();
-    last_start_ = std::chrono::duration_cast<milliseconds>(up_since_ - began_);
-    last_use_ = RunningClock::now();
-    ++generation_;
-    state_ = State::up;
-    changed();
-  }
-  log_(concat("target up in ", in_seconds(up_since_ - began_), " s (",
-              place_text(), ")"));
-}
-
-// ---- Supervisor: watching
-
-inline void Supervisor::watch() {
-  while (!is_stopping()) {
-    if (process_.exited()) { return note_exit(); }
-    if (is_suspected() && !is_still_there()) {
-      if (process_.exited()) { continue; }
-      return;
-    }
-    auto until = Time::max();
-    if (idle_too_long(until)) { return; }
-    probe_.advance(RunningClock::now());
-    wait(std::min(until, probe_.deadline()), probe_.events());
-  }
-}
-
-inline bool Supervisor::is_suspected() {
-  const Lock lock(mutex_);
-  return std::exchange(suspected_, false);
-}
-
-// Finds out whether a target that was up still accepts connections. A full
-// backlog is no evidence of death, nor is that we lack something. One that
-// refuses connections may be reloading, and has as long as a start may take.
-inline bool Supervisor::is_still_there() {
-  auto began = RunningClock::now();
-  for (;;) {
-    if (try_connect() != ECONNREFUSED) {
-      set_state(State::up);
-      return true;
-    }
-    const auto now = RunningClock::now();
-    if (process_.exited() || !process_.started() || is_stopping()) {
-      return false;
-    }
-    if (now >= later(began, config_.startup_timeout)) {
-      if (!give_up_refusing()) { return false; }
-      began = now;
-    }
-    wait(now + connect_pause(now - began), {});
-  }
-}
-
-// A target that refuses connections is ended, but not in the middle of a
-// response: any lease there is now stands for one, since a request that was
-// dialing has been refused, too. Returns whether it is left running.
-inline bool Supervisor::give_up_refusing() {
-  const auto reason = concat("target has refused connections for ",
-                             in_seconds(config_.startup_timeout),
-                             " s; see WARMPROXY_STARTUP_TIMEOUT");
-  bool responding = false;
-  {
-    const Lock lock(mutex_);
-    responding = in_flight_ > 0;
-    if (responding) { fail_waiting(504, reason); }
-  }
-  if (!responding) { return fail(504, reason); }
-  log_(concat(reason, " (left running: it still responds to another request)"));
-  return true;
-}
-
-// Returns 0, the error, or EINPROGRESS for a full backlog.
-inline int Supervisor::try_connect() {
-  Dialer dialer(endpoints());
-  const auto limit = after(milliseconds(100));
-  for (;;) {
-    const auto now = RunningClock::now();
-    const int error = dialer.advance(now);
-    if (error != EINPROGRESS || now >= limit || process_.exited()) {
-      return error;
-    }
-    wait(std::min(limit, dialer.redial_at()), {{dialer.fd(), POLLOUT, 0}});
-  }
-}
-
-inline void Supervisor::note_exit() {
-  const auto lived = SteadyClock::now() - up_since_;
-  {
-    const Lock lock(mutex_);
-    back_off_.exited(lived < milliseconds(250), RunningClock::now());
-    failure_.reason = concat("the target ", process_.exit_text());
-    state_ = State::stopping;
-  }
-  log_(concat("target ", process_.exit_text(), " after ", in_seconds(lived),
-              " s; the next request starts it again"));
-}
-
-// Else `until` is when to ask again.
-inline bool Supervisor::idle_too_long(Time &until) {
-  if (!config_.idle_stop.count() || !process_.started()) { return false; }
-  {
-    const Lock lock(mutex_);
-    const auto now = RunningClock::now();
-    if (in_flight_) { last_use_ = now; }
-    until = later(last_use_, config_.idle_stop);
-    if (now < until) { return false; }
-    back_off_.reset();
-    state_ = State::stopping;
-  }
-  log_(concat("target stopped: idle for ", in_seconds(config_.idle_stop),
-              " s (WARMPROXY_IDLE_STOP)"));
-  return true;
-}
-
-// ---- Supervisor: stopping
-
-// Ends the target, or what it has left of its process group.
-inline void Supervisor::end() {
-  set_state(State::stopping);
-  probe_.aim({});
-  if (process_.started()) {
-    // What a target that has exited has left only holds the port that the next
-    // one needs.
-    const bool exited = process_.exited();
-    auto budget = clamped(config_.stop_timeout);
-    if (exited) { budget = std::min<milliseconds>(budget, seconds(1)); }
-    auto deadline = SteadyClock::now() + budget;
-    if (!exited) {
-      const Lock lock(callback_mutex_);
-      if (close_idle_) { close_idle_(); }
-    }
-    {
-      const Lock lock(mutex_);
-      if (stopping_) { deadline = std::min(deadline, stop_deadline_); }
-    }
-    process_.stop(deadline);
-    const Lock lock(mutex_);
-    last_exit_ = process_.exit_text();
-  }
-  set_state(State::cold);
-}
 // ---- Platform: Vercel's IPC -------------------------------------------------
 
 // A variable of the environment; "" if it is not set.
