@@ -592,6 +592,13 @@ inline bool is_below(std::string_view request_target, std::string_view prefix) {
 
 // ---- HTTP/1: framing, heads ------------------------------------------------
 
+template <typename Texts = std::initializer_list<std::string_view>>
+bool is_one_of(std::string_view text, const Texts &texts) {
+  return std::any_of(texts.begin(), texts.end(), [text](std::string_view one) {
+    return equals_ignore_case(one, text);
+  });
+}
+
 // Finds where a message's body ends, in bytes that arrive in any portions.
 class Framing {
 public:
@@ -614,7 +621,20 @@ public:
   // sent on: see at_superfluous(). Appends the content, without chunks, to
   // `content` if that is given; superfluous blanks are then taken like the
   // rest.
-  std::size_t take(std::string_view bytes, std::string *content = nullptr);
+  std::size_t take(std::string_view bytes, std::string *content = nullptr) {
+    std::size_t taken = 0;
+    at_superfluous_ = false;
+    while (taken < bytes.size() && !done_) {
+      if (mode_ != Mode::chunked || state_ == State::data) {
+        taken += take_content(bytes.substr(taken), content);
+        continue;
+      }
+      state_ = step(bytes[taken]);
+      if (malformed() || (at_superfluous_ && !content)) { break; }
+      ++taken;
+    }
+    return taken;
+  }
 
   Mode mode() const { return mode_; }
   bool done() const { return done_; }
@@ -631,85 +651,121 @@ private:
   enum class State : unsigned char {
     size_first, // the first digit of a chunk's size
     size,       // a further one, or the end of the size
-    size_blank, // behind a blank that follows the size
+    size_end,   // behind a blank that follows the size
     extension,  // in a chunk extension
-    size_lf,    // the LF of a size line
     data,       // in a chunk's data
-    data_cr,    // the CR behind the data
-    data_lf,    // the LF behind the data
+    data_end,   // the CR behind the data
     line_first, // the first of a trailer line, or of the empty one
     name,       // in a trailer's name
-    name_blank, // behind a blank that follows the name
+    name_end,   // behind a blank that follows the name
     value,      // in a trailer's value
-    value_lf,   // the LF of a trailer line
-    last_lf,    // the LF of the empty line
+    lf,         // the LF of any line; `next_` follows
+    end,
     malformed
   };
 
-  std::size_t take_chunked(std::string_view bytes, std::string *content);
-  std::size_t take_content(std::string_view bytes, std::string *content);
-  bool skip_blank(char c);
-  State step(char c);
-  State step_size(char c);
-  bool is_value(char c) const;
+  std::size_t take_content(std::string_view bytes, std::string *content) {
+    if (mode_ > Mode::chunked) { left_ = bytes.size(); }
+    const auto n =
+        static_cast<std::size_t>(std::min<std::uint64_t>(left_, bytes.size()));
+    if (content) { content->append(bytes.substr(0, n)); }
+    left_ -= n;
+    overhead_ = 0;
+    if (left_ == 0) {
+      done_ = mode_ == Mode::length;
+      state_ = State::data_end;
+    }
+    return n;
+  }
+
+  // Strictly, but for superfluous blanks: lenient readers of a bare LF or of
+  // white space here are how requests get smuggled.
+  State step(char c) {
+    at_superfluous_ = false;
+    if (++overhead_ > WARMPROXY_MAX_HEAD_SIZE) { return State::malformed; }
+    const bool blank = forgiving_ && (c == ' ' || c == '\t');
+    switch (state_) {
+    case State::size_first:
+      return blank ? skip(State::size_first) : step_size(c);
+    case State::size:
+    case State::size_end: return blank ? skip(State::size_end) : step_size(c);
+    case State::extension:
+      if (c == '\r') { return end_size_line(); }
+      return is_control(c) ? State::malformed : State::extension;
+    case State::data_end:
+      return c == '\r' ? before_lf(State::size_first) : State::malformed;
+    case State::line_first:
+      if (c == '\r') { return before_lf(State::end); }
+      return is_token(c) ? State::name : State::malformed;
+    case State::name:
+      if (is_token(c)) { return State::name; }
+      [[fallthrough]];
+    case State::name_end:
+      if (blank) { return skip(State::name_end); }
+      return c == ':' ? State::value : State::malformed;
+    case State::value:
+      if (c == '\r') { return before_lf(State::line_first); }
+      return is_value(c) ? State::value : State::malformed;
+    case State::lf:
+      if (c != '\n') { return State::malformed; }
+      done_ = next_ == State::end;
+      return next_;
+    case State::data:
+    case State::end:
+    case State::malformed: break;
+    }
+    return State::malformed;
+  }
+
+  State step_size(char c) {
+    const auto digit = std::string_view("0123456789abcdef").find(to_lower(c));
+    if (digit != std::string_view::npos && state_ != State::size_end) {
+      if (left_ >> 59) { return State::malformed; } // 2^63 is no size
+      left_ = left_ * 16 + digit;
+      return State::size;
+    }
+    if (state_ == State::size_first) { return State::malformed; }
+    if (c == ';') { return State::extension; }
+    return c == '\r' ? end_size_line() : State::malformed;
+  }
+
+  State end_size_line() {
+    return before_lf(left_ ? State::data : State::line_first);
+  }
+
+  State before_lf(State next) {
+    next_ = next;
+    return State::lf;
+  }
+
+  State skip(State next) {
+    at_superfluous_ = corrected_ = true;
+    return next;
+  }
+
+  // RFC 9110, section 5.5: other control characters are bad style in what a
+  // target sends, but mean nothing.
+  bool is_value(char c) const {
+    return forgiving_ ? c != '\0' && c != '\n' : !is_control(c);
+  }
 
   std::uint64_t left_ = 0;   // bytes of the body, or of this chunk
-  std::size_t overhead_ = 0; // bytes of this size line, or of the trailers
+  std::size_t overhead_ = 0; // bytes since a chunk's data
   Mode mode_ = Mode::none;
-  State state_ = State::size_first;
+  State state_ = State::size_first, next_ = State::size_first;
   bool done_ = true;
   bool forgiving_ = false;
   bool at_superfluous_ = false;
   bool corrected_ = false;
 };
 
-// The field names that mean something to us. Some stand for a family.
-enum class FieldName : unsigned char {
-  other,
-  accept,
-  accept_language,
-  access_control_allow, // Access-Control-Allow-*
-  access_control_request_headers,
-  access_control_request_method,
-  authorization,
-  cache_control, // CDN-Cache-Control and Vercel-CDN-Cache-Control, too
-  connection,
-  content_length,
-  content_location,
-  content_type,
-  destination,
-  disguised, // a forwarding header with '_' for '-'
-  expect,
-  forwarded,
-  host,
-  http2_settings,
-  keep_alive,
-  location,
-  origin,
-  proxy,
-  proxy_connection,
-  sec_fetch_dest,
-  set_cookie,
-  te,
-  transfer_encoding,
-  upgrade,
-  upgrade_insecure_requests,
-  vary,
-  vercel_private, // x-vercel-internal-* and x-vercel-sc-*
-  warmproxy_wait,
-  www_authenticate,
-  x_forwarded_for,
-  x_forwarded_host,
-  x_forwarded_other, // any other X-Forwarded-*
-  x_forwarded_prefix,
-  x_forwarded_proto,
-  x_real_ip,
-};
-
 // A header line: its parts, and the whole as it is sent on.
 struct Field {
-  FieldName id;
   std::string_view name, value, line;
+
+  bool is(std::string_view other) const {
+    return equals_ignore_case(name, other);
+  }
 };
 
 // A message's head. Its views point into `text`.
@@ -726,21 +782,77 @@ struct Head {
   Framing framing;         // of the body that follows
   bool keep_alive = false; // as the version and Connection say
 
-  const Field *find(FieldName id) const;
-  const Field *find(std::string_view name) const;
+  void clear_fields() {
+    fields.clear();
+    connection_options.clear();
+    content_length = 0;
+    framing = Framing();
+    keep_alive = false;
+  }
+
+  const Field *find(std::string_view name) const {
+    for (const auto &field : fields) {
+      if (field.is(name)) { return &field; }
+    }
+    return nullptr;
+  }
+
   // Of the first such field; "" if there is none.
-  std::string_view value(FieldName id) const;
-  std::string_view value(std::string_view name) const;
-  bool has_option(std::string_view option) const;
-  bool is_hop_by_hop(const Field &field) const;
+  std::string_view value(std::string_view name) const {
+    const auto field = find(name);
+    return field ? field->value : std::string_view();
+  }
+
+  auto count(std::string_view name) const {
+    return std::count_if(fields.begin(), fields.end(),
+                         [name](const Field &field) { return field.is(name); });
+  }
+
+  // Calls `function` with each element of the lists in these fields.
+  template <typename F>
+  void for_each_in(std::initializer_list<std::string_view> names,
+                   F function) const {
+    for (const auto &field : fields) {
+      if (is_one_of(field.name, names)) {
+        for_each_element(field.value, function);
+      }
+    }
+  }
+
+  // Whether an element of these lists begins with one of the words: what
+  // follows it, as in `private="Set-Cookie"`, does not matter.
+  bool lists(std::initializer_list<std::string_view> names,
+             std::initializer_list<std::string_view> words) const {
+    bool found = false;
+    for_each_in(names, [&](std::string_view element) {
+      const auto word = element.substr(0, element.find_first_of(" \t="));
+      found |= is_one_of(word, words);
+    });
+    return found;
+  }
+
+  bool has_option(std::string_view option) const {
+    return is_one_of(option, connection_options);
+  }
+
+  bool is_hop_by_hop(const Field &field) const { // RFC 9110, section 7.6.1
+    return is_one_of(field.name, {"Connection", "HTTP2-Settings", "Keep-Alive",
+                                  "Proxy-Connection", "TE", "Upgrade"}) ||
+           has_option(field.name);
+  }
 };
 
 struct RequestHead : Head {
   std::string_view method;
   std::string_view target;    // request target in origin-form, or "*"
   std::string_view authority; // of a request target in absolute-form
-  bool upgrade = false;       // it asks for an upgrade that is passed on
+  std::string protocols;      // of Upgrade, but for those not passed on
+  bool upgrade = false;       // whether there are any
 
+  // RFC 9112, section 3.2.2.
+  std::string_view host() const {
+    return authority.empty() ? value("Host") : authority;
+  }
   std::string_view path() const { return until(target, '?'); }
   bool is_safe() const { // RFC 9110, section 9.2.1
     return method == "GET" || method == "HEAD" || method == "OPTIONS" ||
@@ -757,6 +869,11 @@ struct ResponseHead : Head {
   // parsed into this object: a 1xx counts for the final response.
   bool corrected = false;
   std::vector<std::string> repairs; // of this head, for the log
+
+  void note_repair(std::string repair) {
+    corrected = true;
+    repairs.push_back(printable(std::move(repair)));
+  }
 };
 
 // Why a head is refused, and with which status.
@@ -774,258 +891,11 @@ struct Forwarding {
   int target_port;
 };
 
-// ---- Framing
-
-inline std::size_t Framing::take(std::string_view bytes, std::string *content) {
-  at_superfluous_ = false;
-  if (done_) { return 0; }
-  if (mode_ == Mode::chunked) { return take_chunked(bytes, content); }
-  if (mode_ != Mode::length) { left_ = bytes.size(); }
-  const auto taken = take_content(bytes, content);
-  done_ = mode_ == Mode::length && left_ == 0;
-  return taken;
-}
-
-inline std::size_t Framing::take_content(std::string_view bytes,
-                                         std::string *content) {
-  const auto n =
-      static_cast<std::size_t>(std::min<std::uint64_t>(left_, bytes.size()));
-  if (content) { content->append(bytes.substr(0, n)); }
-  left_ -= n;
-  return n;
-}
-
-inline std::size_t Framing::take_chunked(std::string_view bytes,
-                                         std::string *content) {
-  std::size_t taken = 0;
-  while (taken < bytes.size() && !done_) {
-    if (state_ == State::data) {
-      taken += take_content(bytes.substr(taken), content);
-      if (left_ == 0) { state_ = State::data_cr; }
-      continue;
-    }
-    if (forgiving_ && skip_blank(bytes[taken])) {
-      corrected_ = true;
-      at_superfluous_ = !content;
-      if (at_superfluous_) { break; }
-    } else {
-      state_ = step(bytes[taken]);
-      if (malformed()) { break; }
-    }
-    ++taken;
-  }
-  return taken;
-}
-
-// Whether this is a blank where strictly there must be none, and harmless.
-inline bool Framing::skip_blank(char c) {
-  if ((c != ' ' && c != '\t') || overhead_ == WARMPROXY_MAX_HEAD_SIZE) {
-    return false;
-  }
-  switch (state_) {
-  case State::size: state_ = State::size_blank; break;
-  case State::name: state_ = State::name_blank; break;
-  case State::size_first:
-  case State::size_blank:
-  case State::name_blank: break;
-  default: return false;
-  }
-  ++overhead_;
-  return true;
-}
-
-// RFC 9110, section 5.5: other control characters are bad style in what a
-// target sends, but mean nothing.
-inline bool Framing::is_value(char c) const {
-  return forgiving_ ? c != '\0' && c != '\n' : !is_control(c);
-}
-
-// RFC 9112, section 7.1, strictly: lenient readers of a bare LF or of white
-// space here are how requests get smuggled.
-inline Framing::State Framing::step(char c) {
-  if (++overhead_ > WARMPROXY_MAX_HEAD_SIZE) { return State::malformed; }
-  const auto expect = [c](char expected, State next) {
-    return c == expected ? next : State::malformed;
-  };
-  switch (state_) {
-  case State::size_first:
-  case State::size:
-  case State::size_blank: return step_size(c);
-  case State::extension:
-    if (c == '\r') { return State::size_lf; }
-    return is_control(c) ? State::malformed : State::extension;
-  case State::size_lf:
-    overhead_ = 0;
-    return expect('\n', left_ ? State::data : State::line_first);
-  case State::data_cr: return expect('\r', State::data_lf);
-  case State::data_lf: overhead_ = 0; return expect('\n', State::size_first);
-  case State::line_first:
-    if (c == '\r') { return State::last_lf; }
-    return is_token(c) ? State::name : State::malformed;
-  case State::name:
-    if (is_token(c)) { return State::name; }
-    [[fallthrough]];
-  case State::name_blank: return expect(':', State::value);
-  case State::value:
-    if (c == '\r') { return State::value_lf; }
-    return is_value(c) ? State::value : State::malformed;
-  case State::value_lf: return expect('\n', State::line_first);
-  case State::last_lf:
-    done_ = c == '\n';
-    return expect('\n', State::size_first);
-  case State::data:
-  case State::malformed: break;
-  }
-  return State::malformed;
-}
-
-inline Framing::State Framing::step_size(char c) {
-  const auto digit = c >= '0' && c <= '9'   ? c - '0'
-                     : c >= 'a' && c <= 'f' ? c - 'a' + 10
-                     : c >= 'A' && c <= 'F' ? c - 'A' + 10
-                                            : -1;
-  if (digit >= 0 && state_ != State::size_blank) {
-    if (left_ >> 59) { return State::malformed; } // 2^63 is no size
-    left_ = left_ * 16 + static_cast<unsigned>(digit);
-    return State::size;
-  }
-  if (state_ == State::size_first) { return State::malformed; }
-  if (c == ';') { return State::extension; }
-  return c == '\r' ? State::size_lf : State::malformed;
-}
-
-// ---- Fields
-
-struct KnownField {
-  std::string_view name;
-  FieldName id;
-};
-
-inline constexpr KnownField known_fields[] = {
-    // the shortest first
-    {"TE", FieldName::te},
-    {"Host", FieldName::host},
-    {"Vary", FieldName::vary},
-    {"Proxy", FieldName::proxy},
-    {"Accept", FieldName::accept},
-    {"Expect", FieldName::expect},
-    {"Origin", FieldName::origin},
-    {"Upgrade", FieldName::upgrade},
-    {"Location", FieldName::location},
-    {"Forwarded", FieldName::forwarded},
-    {"X-Real-IP", FieldName::x_real_ip},
-    {"Connection", FieldName::connection},
-    {"Keep-Alive", FieldName::keep_alive},
-    {"Set-Cookie", FieldName::set_cookie},
-    {"Destination", FieldName::destination},
-    {"Content-Type", FieldName::content_type},
-    {"Authorization", FieldName::authorization},
-    {"Cache-Control", FieldName::cache_control},
-    {"Content-Length", FieldName::content_length},
-    {"HTTP2-Settings", FieldName::http2_settings},
-    {"Sec-Fetch-Dest", FieldName::sec_fetch_dest},
-    {"Warmproxy-Wait", FieldName::warmproxy_wait},
-    {"Accept-Language", FieldName::accept_language},
-    {"X-Forwarded-For", FieldName::x_forwarded_for},
-    {"Content-Location", FieldName::content_location},
-    {"Proxy-Connection", FieldName::proxy_connection},
-    {"WWW-Authenticate", FieldName::www_authenticate},
-    {"X-Forwarded-Host", FieldName::x_forwarded_host},
-    {"CDN-Cache-Control", FieldName::cache_control},
-    {"Transfer-Encoding", FieldName::transfer_encoding},
-    {"X-Forwarded-Proto", FieldName::x_forwarded_proto},
-    {"X-Forwarded-Prefix", FieldName::x_forwarded_prefix},
-    {"Vercel-CDN-Cache-Control", FieldName::cache_control},
-    {"Upgrade-Insecure-Requests", FieldName::upgrade_insecure_requests},
-    {"Access-Control-Request-Method", FieldName::access_control_request_method},
-    {"Access-Control-Request-Headers",
-     FieldName::access_control_request_headers},
-};
-
-inline constexpr KnownField known_prefixes[] = {
-    {"X-Forwarded-", FieldName::x_forwarded_other},
-    {"X-Vercel-Internal-", FieldName::vercel_private},
-    {"X-Vercel-SC-", FieldName::vercel_private},
-    {"Access-Control-Allow-", FieldName::access_control_allow},
-};
-
-inline bool is_framing(FieldName id) {
-  return id == FieldName::content_length || id == FieldName::transfer_encoding;
-}
-
-// Headers by which proxies name the client to each other.
-inline bool is_forwarding(FieldName id) {
-  return id == FieldName::forwarded || id == FieldName::x_real_ip ||
-         id == FieldName::x_forwarded_for ||
-         id == FieldName::x_forwarded_host ||
-         id == FieldName::x_forwarded_other ||
-         id == FieldName::x_forwarded_prefix ||
-         id == FieldName::x_forwarded_proto;
-}
-
-inline FieldName find_field_name(std::string_view name) {
-  for (const auto &known : known_fields) {
-    if (known.name.size() > name.size()) { break; }
-    if (equals_ignore_case(known.name, name)) { return known.id; }
-  }
-  for (const auto &known : known_prefixes) {
-    if (starts_with_ignore_case(name, known.name)) { return known.id; }
-  }
-  if (!contains(name, "_")) { return FieldName::other; }
-  // To CGI and its like, '_' and '-' are the same in a name.
-  std::string plain(name);
-  std::replace(plain.begin(), plain.end(), '_', '-');
-  const auto id = find_field_name(plain);
-  return is_forwarding(id) || id == FieldName::vercel_private
-             ? FieldName::disguised
-             : FieldName::other;
-}
-
-inline const Field *Head::find(FieldName id) const {
-  for (const auto &field : fields) {
-    if (field.id == id) { return &field; }
-  }
-  return nullptr;
-}
-
-inline const Field *Head::find(std::string_view name) const {
-  for (const auto &field : fields) {
-    if (equals_ignore_case(field.name, name)) { return &field; }
-  }
-  return nullptr;
-}
-
-inline std::string_view Head::value(FieldName id) const {
-  const auto field = find(id);
-  return field ? field->value : std::string_view();
-}
-
-inline std::string_view Head::value(std::string_view name) const {
-  const auto field = find(name);
-  return field ? field->value : std::string_view();
-}
-
-inline bool Head::has_option(std::string_view option) const {
-  for (const auto listed : connection_options) {
-    if (equals_ignore_case(listed, option)) { return true; }
-  }
-  return false;
-}
-
-// RFC 9110, section 7.6.1.
-inline bool Head::is_hop_by_hop(const Field &field) const {
-  switch (field.id) {
-  case FieldName::connection:
-  case FieldName::http2_settings:
-  case FieldName::keep_alive:
-  case FieldName::proxy_connection:
-  case FieldName::te:
-  case FieldName::upgrade: return true;
-  default: return has_option(field.name);
-  }
-}
-
 // ---- Parsing: what requests and responses share
+
+inline std::string_view first_element(std::string_view list) {
+  return trim(until(list, ','));
+}
 
 // Returns where the head that begins `bytes` ends, behind its empty line; 0:
 // not yet. Nothing before `from` is searched again.
@@ -1054,27 +924,35 @@ inline LineEnd take_line(std::string_view &text, std::string_view &line) {
   return LineEnd::crlf;
 }
 
-inline void clear_fields(Head &head) {
-  head.fields.clear();
+// Reads header lines up to the empty one. A target's may end in a bare LF and
+// contain control characters (RFC 9110, section 5.5), a client's must not.
+inline Refusal parse_fields(std::string_view text, bool from_client,
+                            Head &head) {
+  head.clear_fields();
   head.fields.reserve(32); // most heads have less
-  head.connection_options.clear();
-  head.content_length = 0;
-  head.framing = Framing();
-}
-
-// `colon`: the length of the name in `line`.
-inline void add_field(Head &head, std::string_view line, std::size_t colon) {
-  const auto name = line.substr(0, colon);
-  const auto value = trim(line.substr(colon + 1));
-  head.fields.push_back({find_field_name(name), name, value, line});
-  if (head.fields.back().id == FieldName::connection) {
-    for_each_element(value, [&](std::string_view option) {
-      head.connection_options.push_back(option);
-    });
+  std::string_view line;
+  for (;;) {
+    const auto end = take_line(text, line);
+    if (end == LineEnd::none || (from_client && end == LineEnd::lf)) {
+      return {400, "bare LF in the head"};
+    }
+    if (line.empty()) { break; }
+    if (head.fields.size() == WARMPROXY_MAX_HEADER_LINES) {
+      return {431, "too many header lines"};
+    }
+    if (from_client ? has_control(line)
+                    : contains(line, "\r") || contains(line, {"\0", 1})) {
+      return {400, "control character in a header"};
+    }
+    const auto name = until(line, ':');
+    if (name.size() == line.size() || !is_token(name)) {
+      return {400, "malformed header line"}; // a folded one too, and "Name :"
+    }
+    head.fields.push_back({name, trim(line.substr(name.size() + 1)), line});
   }
-}
-
-inline Refusal finish_fields(Head &head) {
+  head.for_each_in({"Connection"}, [&](std::string_view option) {
+    head.connection_options.push_back(option);
+  });
   if (head.connection_options.size() > WARMPROXY_MAX_CONNECTION_OPTIONS) {
     return {431, "too many connection options"};
   }
@@ -1088,17 +966,18 @@ struct Uri {
   std::string_view scheme, authority, path; // `path` with query and fragment
 };
 
-// Splits "scheme://authority/path"; false if `text` is not of that form.
+// Splits "scheme://authority/path", or "/path" alone; false if `text` is of
+// neither form.
 inline bool split_uri(std::string_view text, Uri &uri) {
+  if (starts_with(text, "/")) {
+    uri.path = text;
+    return !starts_with(text, "//"); // "//host/path"
+  }
   const auto colon = text.find("://");
-  if (colon == std::string_view::npos) { return false; }
   uri.scheme = text.substr(0, colon);
-  constexpr std::string_view not_first = "0123456789+-.";
-  if (uri.scheme.empty() || contains(not_first, uri.scheme.substr(0, 1)) ||
-      !std::all_of(uri.scheme.begin(), uri.scheme.end(), [&](char c) {
-        return (to_lower(c) >= 'a' && to_lower(c) <= 'z') ||
-               not_first.find(c) != std::string_view::npos;
-      })) {
+  if (colon == std::string_view::npos || !is_token(uri.scheme) ||
+      uri.scheme.find_first_of("!#$%&'*^_`|~") != std::string_view::npos ||
+      contains("+-.0123456789", uri.scheme.substr(0, 1))) {
     return false;
   }
   const auto rest = text.substr(colon + 3);
@@ -1114,18 +993,14 @@ inline Refusal early_refusal(std::string_view bytes) {
   if (starts_with(bytes, "\x16\x03")) {
     return {400, "a TLS handshake on a port for plain HTTP"};
   }
-  while (starts_with(bytes, "\r\n")) { // RFC 9112, section 2.2
-    bytes.remove_prefix(2);
-  }
-  std::string_view line = bytes, rest = bytes;
-  const auto end = take_line(rest, line);
-  if (end == LineEnd::lf) { return {400, "bare LF in the head"}; }
-  if (end == LineEnd::none && ends_with(line, "\r")) { line.remove_suffix(1); }
-  const auto method = until(line, ' ');
+  auto line = until(bytes, '\n');
+  const bool complete = line.size() < bytes.size();
+  const bool has_cr = ends_with(line, "\r");
+  if (has_cr) { line.remove_suffix(1); }
   const auto spaces = std::count(line.begin(), line.end(), ' ');
-  const bool token = is_token(method) || (method.empty() && line.empty());
-  if (!token || has_control(line) || contains(line, "\t") || spaces > 2 ||
-      (end == LineEnd::crlf && spaces < 2)) {
+  if ((!line.empty() && !is_token(until(line, ' '))) || has_control(line) ||
+      contains(line, "\t") || spaces > 2 ||
+      (complete && (spaces < 2 || !has_cr))) {
     return {400, "malformed request line"};
   }
   return {};
@@ -1133,14 +1008,12 @@ inline Refusal early_refusal(std::string_view bytes) {
 
 inline Refusal parse_request_line(std::string_view line, RequestHead &head) {
   const auto first = line.find(' '), last = line.rfind(' ');
-  if (first == std::string_view::npos || first == last) {
+  if (first == last || !is_token(line.substr(0, first))) {
     return {400, "malformed request line"};
   }
-  const auto method = line.substr(0, first);
+  head.method = line.substr(0, first);
   head.target = line.substr(first + 1, last - first - 1);
   const auto version = line.substr(last + 1);
-  if (!is_token(method)) { return {400, "malformed method"}; }
-  head.method = method;
   if (has_control(head.target) ||
       head.target.find_first_of(" \t#") != std::string_view::npos) {
     return {400, "malformed request target"};
@@ -1155,127 +1028,78 @@ inline Refusal parse_request_line(std::string_view line, RequestHead &head) {
   return {};
 }
 
-inline Refusal parse_request_fields(std::string_view text, RequestHead &head) {
-  clear_fields(head);
-  for (;;) {
-    std::string_view line;
-    if (take_line(text, line) != LineEnd::crlf) {
-      return {400, "bare LF in the head"};
-    }
-    if (line.empty()) { return finish_fields(head); }
-    if (head.fields.size() == WARMPROXY_MAX_HEADER_LINES) {
-      return {431, "too many header lines"};
-    }
-    const auto colon = line.find(':');
-    if (colon == std::string_view::npos || !is_token(line.substr(0, colon))) {
-      return {400, "malformed header line"}; // a folded one too, and "Name :"
-    }
-    if (has_control(line)) { return {400, "control character in a header"}; }
-    add_field(head, line, colon);
-  }
-}
-
 inline bool is_malformed_authority(std::string_view authority) {
   return authority.find_first_of(" \t,/?#@\\<>\"") != std::string_view::npos;
 }
 
 // RFC 9112, section 3.2.
 inline Refusal check_host(const RequestHead &head) {
-  const auto hosts = std::count_if(
-      head.fields.begin(), head.fields.end(),
-      [](const Field &field) { return field.id == FieldName::host; });
+  const auto hosts = head.count("Host");
   if (hosts > 1) { return {400, "several Host lines"}; }
   if (hosts == 0 && head.minor == 1) { return {400, "no Host line"}; }
-  return is_malformed_authority(head.value(FieldName::host))
+  return is_malformed_authority(head.value("Host"))
              ? Refusal{400, "malformed Host"}
              : Refusal{};
 }
 
 // Makes origin-form of absolute-form (RFC 9112, sections 3.2.1 to 3.2.4).
 inline Refusal parse_request_target(RequestHead &head) {
-  auto &target = head.target;
-  if (starts_with(target, "/") || (target == "*" && head.method == "OPTIONS")) {
+  if (starts_with(head.target, "/") ||
+      (head.target == "*" && head.method == "OPTIONS")) {
     return {};
   }
   Uri uri;
-  if (!split_uri(target, uri) || uri.authority.empty() ||
+  if (!split_uri(head.target, uri) || uri.authority.empty() ||
       is_malformed_authority(uri.authority)) {
     return {400, "malformed request target"};
   }
   head.authority = uri.authority;
-  target = uri.path;
-  if (target.empty()) {
-    target = head.method == "OPTIONS" ? "*" : "/";
-  } else if (target[0] == '?') {
-    // Room for the slash is made by moving the authority over one of those
-    // before it.
-    const auto size = uri.authority.size();
-    const auto at = &head.text[static_cast<std::size_t>(uri.authority.data() -
-                                                        head.text.data())];
-    std::memmove(at - 1, at, size);
-    at[size - 1] = '/';
-    head.authority = {at - 1, size};
-    target = {at + size - 1, target.size() + 1};
-  }
+  head.target = !uri.path.empty()          ? uri.path
+                : head.method == "OPTIONS" ? "*"
+                                           : "/";
   return {};
 }
 
 // RFC 9112, section 6.3, without anything that two parsers could read
 // differently.
 inline Refusal parse_request_framing(RequestHead &head) {
-  const Field *coding = nullptr, *length = nullptr;
-  for (const auto &field : head.fields) {
-    if (field.id == FieldName::transfer_encoding) {
-      if (coding) { return {400, "several Transfer-Encoding lines"}; }
-      coding = &field;
-    } else if (field.id == FieldName::content_length) {
-      if (!to_number(field.value, head.content_length)) {
-        return {400, "malformed Content-Length"};
-      }
-      if (length) { return {400, "several Content-Length lines"}; }
-      length = &field;
-    }
+  const auto coding = head.find("Transfer-Encoding");
+  const auto length = head.find("Content-Length");
+  if (head.count("Transfer-Encoding") + head.count("Content-Length") > 1) {
+    return {400, "several Transfer-Encoding or Content-Length lines"};
   }
-  if (!coding) {
-    if (length) {
-      head.framing = Framing(Framing::Mode::length, head.content_length);
-    }
-    return {};
+  if (length && !to_number(length->value, head.content_length)) {
+    return {400, "malformed Content-Length"};
   }
+  if (length) {
+    head.framing = Framing(Framing::Mode::length, head.content_length);
+  }
+  if (!coding) { return {}; }
   if (head.minor == 0) { return {400, "Transfer-Encoding in HTTP/1.0"}; }
-  if (length) { return {400, "both Transfer-Encoding and Content-Length"}; }
-  if (!equals_ignore_case(coding->value, "chunked")) {
-    bool chunked = false, not_last = false;
-    for_each_element(coding->value, [&](std::string_view element) {
-      not_last |= chunked;
-      chunked |= equals_ignore_case(element, "chunked");
-    });
-    return not_last ? Refusal{400, "chunked is not the last transfer coding"}
-                    : Refusal{501, "a Transfer-Encoding other than chunked"};
+  const auto codings = coding->value;
+  if (!equals_ignore_case(codings, "chunked")) {
+    return list_contains(codings.substr(0, codings.rfind(',')), "chunked")
+               ? Refusal{400, "chunked is not the last transfer coding"}
+               : Refusal{501, "a Transfer-Encoding other than chunked"};
   }
   head.framing = Framing(Framing::Mode::chunked);
   return {};
 }
 
-// An upgrade to HTTP/2 or TLS would hide the requests in it from us, and from
-// whatever checks them before the target: it is not passed on, and the request
-// stays plain HTTP/1.1.
-inline bool is_passed_upgrade(std::string_view protocol) {
-  return !equals_ignore_case(protocol, "h2c") &&
-         !starts_with_ignore_case(protocol, "TLS/");
-}
-
-inline bool wants_upgrade(const RequestHead &head) {
+inline void parse_upgrade(RequestHead &head) {
   // RFC 9110, section 7.8: Upgrade is ignored in an HTTP/1.0 request.
-  if (head.minor == 0 || !head.has_option("upgrade")) { return false; }
-  bool wanted = false;
-  for (const auto &field : head.fields) {
-    if (field.id != FieldName::upgrade) { continue; }
-    for_each_element(field.value, [&](std::string_view protocol) {
-      wanted |= is_passed_upgrade(protocol);
-    });
-  }
-  return wanted;
+  if (head.minor == 0 || !head.has_option("upgrade")) { return; }
+  head.for_each_in({"Upgrade"}, [&](std::string_view protocol) {
+    // An upgrade to HTTP/2 or TLS would hide the requests in it from us, and
+    // from whatever checks them before the target: it is not passed on, and the
+    // request stays plain HTTP/1.1.
+    if (equals_ignore_case(protocol, "h2c") ||
+        starts_with_ignore_case(protocol, "TLS/")) {
+      return;
+    }
+    append(head.protocols, head.upgrade ? ", " : "", protocol);
+    head.upgrade = true;
+  });
 }
 
 inline Refusal parse_request_text(RequestHead &head) {
@@ -1284,218 +1108,106 @@ inline Refusal parse_request_text(RequestHead &head) {
     return {400, "bare LF in the head"};
   }
   if (const auto refusal = parse_request_line(line, head)) { return refusal; }
-  if (const auto refusal = parse_request_fields(rest, head)) { return refusal; }
+  if (const auto refusal = parse_fields(rest, true, head)) { return refusal; }
   if (const auto refusal = check_host(head)) { return refusal; }
   if (head.method == "CONNECT") { return {501, "CONNECT is not supported"}; }
   if (const auto refusal = parse_request_target(head)) { return refusal; }
-  head.upgrade = wants_upgrade(head);
-  return parse_request_framing(head);
+  if (starts_with(head.target, "?")) { // "http://host?query"
+    head.text.insert(head.text.find('?'), "/");
+    return parse_request_text(head);
+  }
+  if (const auto refusal = parse_request_framing(head)) { return refusal; }
+  parse_upgrade(head);
+  return {};
 }
 
-// After a refusal, `head` has a method at most.
+// After a refusal, nothing but the method may shape our response.
 inline Refusal parse_request(std::string text, RequestHead &head) {
   head.text = std::move(text);
-  head.method = head.target = head.authority = {};
   const auto refusal = parse_request_text(head);
-  if (refusal) { // nothing of it may shape our response
-    clear_fields(head);
-    head.keep_alive = head.upgrade = false;
-  }
+  if (refusal) { head.clear_fields(); }
   return refusal;
 }
 
 // ---- Parsing: responses
 
-inline void note_repair(ResponseHead &head, std::string text) {
-  head.corrected = true;
-  head.repairs.push_back(printable(std::move(text)));
-}
-
-inline bool is_blank(char c) { return c == ' ' || c == '\t'; }
-
-// Reads a target's header lines. What has to be repaired is moved within the
-// head's text, where a repaired line is never longer.
-class ResponseFields {
-public:
-  ResponseFields(ResponseHead &head, std::string_view lines)
-      : head_(head), rest_(lines) {}
-
-  Refusal parse() {
-    for (std::size_t count = 0; take_line(rest_, line_) != LineEnd::none;
-         ++count) {
-      if (line_.empty()) { return finish_fields(head_); }
-      if (count == WARMPROXY_MAX_HEADER_LINES) {
-        return {431, "too many header lines"};
+// Returns a target's header lines with folded ones joined (RFC 9112, section
+// 5.2), without blanks before a colon (5.1), and without those whose name is no
+// token.
+inline std::string repaired_fields(std::string_view text, ResponseHead &head) {
+  const auto starts_blank = [](std::string_view line) {
+    return starts_with(line, " ") || starts_with(line, "\t");
+  };
+  std::string out, line;
+  std::string_view part;
+  while (take_line(text, part) != LineEnd::none && !part.empty()) {
+    line = part;
+    bool repaired = false;
+    while (starts_blank(text) && take_line(text, part) != LineEnd::none) {
+      repaired = true;
+      if (const auto more = trim(part); !more.empty()) {
+        line.erase(line.find_last_not_of(" \t") + 1);
+        append(line, " ", more);
       }
-      if (!rest_.empty() && is_blank(rest_[0])) { unfold(); }
-      // Not by find_first_of(), which searches the set for each byte.
-      if (std::any_of(line_.begin(), line_.end(),
-                      [](char c) { return c == '\0' || c == '\r'; })) {
-        return {502, "NUL or bare CR in a header"};
-      }
-      parse_line();
     }
-    return {502, "incomplete head"};
-  }
-
-private:
-  void parse_line() {
-    auto colon = line_.find(':');
-    if (colon != std::string_view::npos && colon > 0 &&
-        is_blank(line_[colon - 1])) {
-      colon = close_gap(colon);
-    }
-    if (colon != std::string_view::npos && is_token(line_.substr(0, colon))) {
-      add_field(head_, line_, colon);
-      return;
-    }
-    note_repair(head_, concat("header line left out, since its name is no "
+    auto name = until(line, ':');
+    const auto value = line.substr(name.size()); // from the colon on
+    name = name.substr(0, name.find_last_not_of(" \t") + 1);
+    if (value.empty() || !is_token(name)) {
+      head.note_repair(concat("header line left out, since its name is no "
                               "token: ",
-                              line_.substr(0, 60)));
-  }
-
-  // Joins a line with those that continue it (RFC 9112, section 5.2).
-  void unfold() {
-    const auto begin = data(line_);
-    auto end = begin + line_.size();
-    std::string_view more;
-    while (!rest_.empty() && is_blank(rest_[0]) &&
-           take_line(rest_, more) != LineEnd::none) {
-      more = trim(more);
-      if (more.empty()) { continue; }
-      while (end > begin && is_blank(end[-1])) {
-        --end;
-      }
-      *end++ = ' ';
-      std::memmove(end, more.data(), more.size());
-      end += more.size();
+                              line.substr(0, 60)));
+      continue;
     }
-    line_ = {begin, static_cast<std::size_t>(end - begin)};
-    note_repair(head_, concat("folded header line joined: ", name()));
-  }
-
-  // Removes blanks before the colon (RFC 9112, section 5.1): the name is moved
-  // towards it. Returns where the colon is then.
-  std::size_t close_gap(std::size_t colon) {
-    const auto size = line_.find_last_not_of(" \t", colon - 1) + 1;
-    std::memmove(data(line_) + colon - size, line_.data(), size);
-    line_.remove_prefix(colon - size);
-    if (is_token(name())) {
-      note_repair(head_, concat("blank before the colon removed: ", name()));
+    if (repaired || name.size() + value.size() < line.size()) {
+      head.note_repair(concat("header line repaired: ", name.substr(0, 60)));
     }
-    return size;
+    append(out, name, value, "\r\n");
   }
-
-  std::string_view name() const { return until(line_, ':').substr(0, 60); }
-  char *data(std::string_view part) {
-    return &head_.text[static_cast<std::size_t>(part.data() -
-                                                head_.text.data())];
-  }
-
-  ResponseHead &head_;
-  std::string_view rest_, line_;
-};
-
-// Leaves one of the fields `id`, as `kept`, or none.
-inline void reduce(Head &head, FieldName id, const Field *kept) {
-  auto from = std::find_if(head.fields.begin(), head.fields.end(),
-                           [id](const Field &field) { return field.id == id; });
-  if (kept) { *from++ = *kept; }
-  head.fields.erase(
-      std::remove_if(from, head.fields.end(),
-                     [id](const Field &field) { return field.id == id; }),
-      head.fields.end());
+  return out += "\r\n";
 }
 
-inline Refusal parse_response_coding(ResponseHead &head, bool &chunked) {
-  chunked = false;
-  bool other = false, not_last = false, exact = true;
-  for (const auto &field : head.fields) {
-    if (field.id != FieldName::transfer_encoding) { continue; }
-    exact &= !chunked && equals_ignore_case(field.value, "chunked");
-    for_each_element(field.value, [&](std::string_view coding) {
-      if (equals_ignore_case(coding, "chunked")) {
-        chunked = true;
-      } else if (!equals_ignore_case(coding, "identity")) {
-        other = true;
-        not_last |= chunked;
-      }
-    });
+// Leaves one of the fields `name`, with this value, or none if that is "".
+// Returns whether that changes anything.
+inline bool reduce(Head &head, std::string_view name, std::string_view value) {
+  const auto is_such = [name](const Field &field) { return field.is(name); };
+  auto &fields = head.fields;
+  auto from = std::find_if(fields.begin(), fields.end(), is_such);
+  if (from == fields.end() ||
+      (head.count(name) == 1 && equals_ignore_case(from->value, value))) {
+    return false;
   }
-  if (not_last) { return {502, "chunked is not the last transfer coding"}; }
-  if (other) { return {502, "a Transfer-Encoding other than chunked"}; }
-  if (chunked && head.minor == 0) {
-    return {502, "Transfer-Encoding in HTTP/1.0"};
-  }
-  if (exact) { return {}; }
-  static constexpr Field canonical{FieldName::transfer_encoding,
-                                   "Transfer-Encoding", "chunked",
-                                   "Transfer-Encoding: chunked"};
-  reduce(head, canonical.id, chunked ? &canonical : nullptr);
-  note_repair(head, chunked ? "Transfer-Encoding: chunked said once"
-                            : "Transfer-Encoding: identity left out");
-  return {};
-}
-
-inline Refusal parse_response_length(ResponseHead &head, bool &has_length) {
-  Field first{};
-  int count = 0;
-  bool malformed = false, differ = false;
-  for (const auto &field : head.fields) {
-    if (field.id != FieldName::content_length) { continue; }
-    malformed |= field.value.empty() || field.value[0] == ',';
-    for_each_element(field.value, [&](std::string_view element) {
-      std::uint64_t length = 0;
-      malformed |= !to_number(element, length);
-      if (count++ == 0) {
-        head.content_length = length;
-        first = field;
-        first.value = element;
-      }
-      differ |= length != head.content_length;
-    });
-  }
-  has_length = count > 0;
-  if (malformed) { return {502, "malformed Content-Length"}; }
-  if (differ) { return {502, "several Content-Lengths that differ"}; }
-  if (count > 1 || (count == 1 && first.value != head.value(first.id))) {
-    const auto end = first.value.data() + first.value.size();
-    first.line = {first.line.data(),
-                  static_cast<std::size_t>(end - first.line.data())};
-    reduce(head, first.id, &first);
-    note_repair(head, "Content-Length said once");
-  }
-  return {};
-}
-
-inline bool announces_body(const Field &field) {
-  return field.id == FieldName::transfer_encoding ||
-         (field.id == FieldName::content_length && field.value != "0");
+  if (!value.empty()) { from++->value = value; }
+  fields.erase(std::remove_if(from, fields.end(), is_such), fields.end());
+  return true;
 }
 
 // RFC 9112, section 6.3.
 inline Refusal parse_response_framing(std::string_view request_method,
                                       ResponseHead &head) {
-  bool chunked = false, has_length = false;
-  if (head.status < 200 || head.status == 204) {
-    // These have no body, whatever they say, and must not announce one.
-    if (std::any_of(head.fields.begin(), head.fields.end(), announces_body)) {
-      note_repair(head, concat("framing left out, since a ",
-                               decimal(head.status), " has no body"));
-    }
-    reduce(head, FieldName::transfer_encoding, nullptr);
-    reduce(head, FieldName::content_length, nullptr);
-    return {};
+  bool chunked = false, other_coding = false, other_length = false;
+  head.for_each_in({"Transfer-Encoding"}, [&](std::string_view coding) {
+    chunked |= equals_ignore_case(coding, "chunked");
+    other_coding |= !is_one_of(coding, {"chunked", "identity"});
+  });
+  if (other_coding) { return {502, "a Transfer-Encoding other than chunked"}; }
+  if (chunked && head.minor == 0) {
+    return {502, "Transfer-Encoding in HTTP/1.0"};
   }
-  if (const auto refusal = parse_response_coding(head, chunked)) {
-    return refusal;
+  const bool has_length = head.find("Content-Length");
+  const auto length = first_element(head.value("Content-Length"));
+  if (has_length && !to_number(length, head.content_length)) {
+    return {502, "malformed Content-Length"};
   }
-  if (const auto refusal = parse_response_length(head, has_length)) {
-    return refusal;
-  }
-  if (chunked && has_length) {
-    reduce(head, FieldName::content_length, nullptr);
-    note_repair(head, "Content-Length left out beside Transfer-Encoding");
+  head.for_each_in({"Content-Length"}, [&](std::string_view element) {
+    std::uint64_t other = 0;
+    other_length |= !to_number(element, other) || other != head.content_length;
+  });
+  if (other_length) { return {502, "several Content-Lengths that differ"}; }
+  const bool recoded =
+      reduce(head, "Transfer-Encoding", chunked ? "chunked" : "");
+  if (reduce(head, "Content-Length", chunked ? "" : length) || recoded) {
+    head.note_repair("Transfer-Encoding or Content-Length said once");
   }
   if (head.status == 304) { // a body may follow all the same
     head.corrected |= chunked || head.content_length > 0;
@@ -1508,15 +1220,28 @@ inline Refusal parse_response_framing(std::string_view request_method,
   return {};
 }
 
+// A 1xx or 204 has no body, whatever it says, and must not announce one.
+inline void remove_framing(ResponseHead &head) {
+  bool announced = head.find("Transfer-Encoding");
+  head.for_each_in({"Content-Length"}, [&](std::string_view length) {
+    announced |= length != "0";
+  });
+  if (announced) {
+    head.note_repair(concat("framing left out, since a ", decimal(head.status),
+                            " has no body"));
+  }
+  reduce(head, "Transfer-Encoding", "");
+  reduce(head, "Content-Length", "");
+}
+
 inline Refusal parse_response(std::string text, std::string_view request_method,
                               ResponseHead &head) {
   head.text = std::move(text);
   head.repairs.clear();
-  clear_fields(head);
   std::string_view rest = head.text, line;
   auto end = take_line(rest, line);
   if (end != LineEnd::none && line.empty()) {
-    note_repair(head, "empty line before the status line left out");
+    head.note_repair("empty line before the status line left out");
     end = take_line(rest, line);
   }
   if (end == LineEnd::none || line.size() < 12 ||
@@ -1526,441 +1251,78 @@ inline Refusal parse_response(std::string text, std::string_view request_method,
     return {502, "malformed status line"};
   }
   head.minor = line[7] - '0';
+  auto refusal = parse_fields(rest, false, head);
+  if (refusal) {
+    head.text = concat(line, "\r\n", repaired_fields(rest, head));
+    rest = head.text;
+    take_line(rest, line);
+    refusal = parse_fields(rest, false, head);
+  }
+  if (refusal) { return {502, refusal.reason}; }
   head.reason = line.substr(9);
   head.switching = head.status == 101;
-  if (const auto refusal = ResponseFields(head, rest).parse()) {
-    return {502, refusal.reason};
+  if (head.status >= 200 && head.status != 204) {
+    return parse_response_framing(request_method, head);
   }
-  return parse_response_framing(request_method, head);
-}
-
-// ---- Forwarding: who asks, and for which host
-
-inline std::string_view first_element(std::string_view list) {
-  return trim(until(list, ','));
-}
-
-// The host that the request names (RFC 9112, section 3.2.2).
-inline std::string_view requested_host(const RequestHead &request) {
-  return request.authority.empty() ? request.value(FieldName::host)
-                                   : request.authority;
-}
-
-// The host as the client named it to the first proxy.
-inline std::string_view client_host(const RequestHead &request,
-                                    const Config &config) {
-  const auto forwarded =
-      config.behind_front()
-          ? first_element(request.value(FieldName::x_forwarded_host))
-          : std::string_view();
-  return forwarded.empty() ? requested_host(request) : forwarded;
-}
-
-// The Host that the target gets. Vercel sends the deployment's as Host; its own
-// proxies replace it with the visitor's, too.
-inline std::string_view sent_host(const RequestHead &request,
-                                  const Forwarding &forwarding) {
-  const auto host = forwarding.config.on_vercel
-                        ? client_host(request, forwarding.config)
-                        : requested_host(request);
-  return host.empty() && !request.find(FieldName::host)
-             ? forwarding.target_authority
-             : host;
-}
-
-// "http", "https", or "" if the proxy before us says something else.
-inline std::string_view client_scheme(const RequestHead &request,
-                                      const Config &config) {
-  if (!config.behind_front()) { return "http"; }
-  const auto proto = first_element(request.value(FieldName::x_forwarded_proto));
-  if (proto.empty() && !request.find(FieldName::forwarded)) { return "http"; }
-  for (const std::string_view scheme : {"http", "https"}) {
-    if (equals_ignore_case(proto, scheme)) { return scheme; }
-  }
+  remove_framing(head);
   return {};
 }
+
+// ---- Forwarding
 
 // Whether whoever connects says that the client uses TLS, and is not believed.
 inline bool ignores_forwarded_https(const RequestHead &request,
                                     const Config &config) {
-  return !config.behind_front() &&
-         equals_ignore_case(
-             first_element(request.value(FieldName::x_forwarded_proto)),
-             "https");
+  const auto proto = first_element(request.value("X-Forwarded-Proto"));
+  return !config.behind_front() && equals_ignore_case(proto, "https");
 }
 
 // Whether credentials of NTLM or Negotiate are exchanged: they log in the
 // connection, not the request.
 inline bool authenticates_connection(const Head &head) {
-  bool found = false;
-  for (const auto &field : head.fields) {
-    if (field.id != FieldName::authorization &&
-        field.id != FieldName::www_authenticate) {
-      continue;
-    }
-    for_each_element(field.value, [&](std::string_view challenge) {
-      const auto scheme = until(challenge, ' ');
-      found |= equals_ignore_case(scheme, "NTLM") ||
-               equals_ignore_case(scheme, "Negotiate");
-    });
-  }
-  return found;
+  return head.lists({"Authorization", "WWW-Authenticate"},
+                    {"NTLM", "Negotiate"});
 }
 
-// ---- Forwarding: the prefix, and addresses of our own
-
-// Whether `strip_prefix` is removed from this request's target.
-inline bool strips_prefix(const RequestHead &request, const Config &config) {
-  return !config.prefix.empty() && is_below(request.target, config.prefix);
+// Headers by which proxies name the client to each other.
+inline bool is_forwarding(std::string_view name) {
+  return starts_with_ignore_case(name, "X-Forwarded-") ||
+         is_one_of(name, {"Forwarded", "X-Real-IP"});
 }
 
-inline bool is_absolute_path(std::string_view text) {
-  return starts_with(text, "/") && !starts_with(text, "//"); // "//host/path"
-}
-
-inline bool names_own_host(std::string_view authority,
-                           const RequestHead &request,
-                           const Forwarding &forwarding) {
-  return !authority.empty() &&
-         (equals_ignore_case(authority, sent_host(request, forwarding)) ||
-          equals_ignore_case(authority,
-                             client_host(request, forwarding.config)));
+inline bool is_vercel_private(std::string_view name) {
+  return starts_with_ignore_case(name, "X-Vercel-Internal-") ||
+         starts_with_ignore_case(name, "X-Vercel-SC-");
 }
 
 inline std::string_view without_port(std::string_view authority) {
-  const auto colon = authority.find_last_not_of("0123456789");
-  return colon != std::string_view::npos && authority[colon] == ':'
-             ? authority.substr(0, colon)
-             : authority;
+  const auto from = authority.find(']') + 1; // behind an IPv6 address, or 0
+  return authority.substr(0, authority.find(':', from));
 }
-
-// Whether this is our host, or the target's own, with the port that clients
-// must not be sent to: some servers put their port into redirects.
-inline bool names_target_port(std::string_view authority,
-                              const RequestHead &request,
-                              const Forwarding &forwarding) {
-  const auto host = without_port(authority);
-  const auto port = authority.substr(host.size());
-  if (port.empty() || port.substr(1) != decimal(forwarding.target_port)) {
-    return false;
-  }
-  for (const std::string_view own :
-       {std::string_view("localhost"), std::string_view("127.0.0.1"),
-        std::string_view("[::1]"), without_port(sent_host(request, forwarding)),
-        without_port(client_host(request, forwarding.config))}) {
-    if (equals_ignore_case(host, own)) { return true; }
-  }
-  return false;
-}
-
-// Location and Content-Location: as the client has to ask for it.
-inline std::string client_location(std::string_view location,
-                                   const RequestHead &request,
-                                   const Forwarding &forwarding) {
-  const auto &config = forwarding.config;
-  Uri uri;
-  std::string origin;
-  if (is_absolute_path(location)) {
-    uri.path = location;
-  } else if (!split_uri(location, uri)) {
-    return std::string(location);
-  } else if (names_target_port(uri.authority, request, forwarding)) {
-    const auto scheme = client_scheme(request, config);
-    const auto host = client_host(request, config);
-    if (host.empty()) { return std::string(location); }
-    origin = concat(scheme.empty() ? uri.scheme : scheme, "://", host);
-  } else if (names_own_host(uri.authority, request, forwarding)) {
-    // A target that leads to https itself knows more than we do.
-    const bool to_https = equals_ignore_case(uri.scheme, "http") &&
-                          client_scheme(request, config) == "https";
-    origin = concat(to_https ? "https" : uri.scheme, "://",
-                    client_host(request, config));
-  } else {
-    return std::string(location);
-  }
-  const bool prefixed = !strips_prefix(request, config) ||
-                        is_below(until(uri.path, '#'), config.prefix);
-  return concat(origin, prefixed ? std::string_view() : config.prefix,
-                uri.path);
-}
-
-// WebDAV's Destination (RFC 4918, section 10.3): as the target knows it.
-inline std::string target_destination(std::string_view destination,
-                                      const RequestHead &request,
-                                      const Forwarding &forwarding) {
-  const auto &prefix = forwarding.config.prefix;
-  Uri uri;
-  if (is_absolute_path(destination)) {
-    uri.path = destination;
-  } else if (!split_uri(destination, uri) ||
-             !names_own_host(uri.authority, request, forwarding)) {
-    return std::string(destination);
-  }
-  if (!is_below(uri.path, prefix)) { return std::string(destination); }
-  const auto path = uri.path.substr(prefix.size());
-  return concat(destination.substr(0, destination.size() - uri.path.size()),
-                starts_with(path, "/") ? "" : "/", path);
-}
-
-// ---- Forwarding: the request
 
 inline void append_field(std::string &out, std::string_view name,
                          std::string_view value) {
   append(out, name, ": ", value, "\r\n");
 }
 
-// Whether a field of the client goes beyond us at all. What a client must not
-// take from the target by listing it in Connection always does.
-inline bool is_passed_on(const Field &field, const RequestHead &request,
-                         const Config &config) {
-  switch (field.id) {
-  case FieldName::content_length:
-  case FieldName::transfer_encoding:
-  case FieldName::host: return true;
-  case FieldName::disguised:
-  case FieldName::proxy: // CGI makes HTTP_PROXY of it ("httpoxy")
-  case FieldName::vercel_private:
-  case FieldName::warmproxy_wait: return false;
-  default:
-    return is_forwarding(field.id) ? config.behind_front()
-                                   : !request.is_hop_by_hop(field);
-  }
-}
-
-// All values of the fields `id`, with ours behind them, as one line.
-inline void append_joined(std::string &out, const RequestHead &request,
-                          FieldName id, std::string_view name,
-                          std::string_view ours) {
-  append(out, name, ": ");
-  for (const auto &field : request.fields) {
-    if (field.id == id && !field.value.empty()) {
-      append(out, field.value, ", ");
-    }
-  }
-  append(out, ours, "\r\n");
-}
-
-inline void append_upgrade(std::string &out, const Field &field) {
-  std::string passed;
-  bool all = true;
-  for_each_element(field.value, [&](std::string_view protocol) {
-    if (is_passed_upgrade(protocol)) {
-      append(passed, passed.empty() ? "" : ", ", protocol);
-    } else {
-      all = false;
-    }
-  });
-  if (all) {
-    append(out, field.line, "\r\n");
-  } else if (!passed.empty()) {
-    append_field(out, field.name, passed);
-  }
-}
-
-// One field that is_passed_on(), in its place.
-inline void write_request_field(const Field &field, const RequestHead &request,
-                                const Forwarding &forwarding,
-                                std::string &out) {
-  const auto &config = forwarding.config;
-  const auto strips = [&] { return strips_prefix(request, config); };
-  switch (field.id) {
-  case FieldName::host:
-    if (field.value != sent_host(request, forwarding)) { return; }
-    break;
-  case FieldName::content_length:
-    append_field(out, field.name, decimal(request.content_length));
-    return;
-  case FieldName::transfer_encoding:
-    append_field(out, field.name, "chunked");
-    return;
-  case FieldName::expect:
-    if (request.minor == 0) { return; } // RFC 9110, section 10.1.1
-    break;
-  case FieldName::destination:
-    if (!strips()) { break; }
-    append_field(out, field.name,
-                 target_destination(field.value, request, forwarding));
-    return;
-  case FieldName::x_forwarded_for:
-    if (config.on_vercel) { break; } // the peer is the platform
-    if (&field == request.find(field.id)) {
-      append_joined(out, request, field.id, field.name,
-                    forwarding.client_address);
-    }
-    return;
-  case FieldName::x_forwarded_prefix:
-    if (!strips()) { break; }
-    if (&field == request.find(field.id)) {
-      append_joined(out, request, field.id, field.name, config.prefix);
-    }
-    return;
-  default: break;
-  }
-  append(out, field.line, "\r\n");
-}
-
-// What we know of the client, where nobody who is believed has said it.
-inline void write_forwarding_fields(const RequestHead &request,
-                                    const Forwarding &forwarding,
-                                    std::string &out) {
-  const auto &config = forwarding.config;
-  const auto absent = [&](FieldName id) {
-    return !config.behind_front() || !request.find(id);
-  };
-  if (absent(FieldName::x_forwarded_for)) {
-    append_field(out, "X-Forwarded-For", forwarding.client_address);
-  }
-  if (absent(FieldName::x_forwarded_proto) && absent(FieldName::forwarded)) {
-    append_field(out, "X-Forwarded-Proto", "http");
-  }
-  const auto host = requested_host(request);
-  if (absent(FieldName::x_forwarded_host) && !host.empty()) {
-    append_field(out, "X-Forwarded-Host", host);
-  }
-  if (absent(FieldName::x_forwarded_prefix) && strips_prefix(request, config)) {
-    append_field(out, "X-Forwarded-Prefix", config.prefix);
-  }
-}
-
-// RFC 9110, sections 7.8 and 10.1.4: both have to be listed in Connection.
-inline void write_connection(const RequestHead &request, std::string &out) {
-  bool trailers = false;
-  for (const auto &field : request.fields) {
-    if (field.id == FieldName::te && request.minor == 1) {
-      trailers |= list_contains(field.value, "trailers");
-    }
-  }
-  if (trailers) { append_field(out, "TE", "trailers"); }
-  if (request.upgrade || trailers) {
-    append_field(out, "Connection",
-                 !trailers         ? "Upgrade"
-                 : request.upgrade ? "Upgrade, TE"
-                                   : "TE");
-  }
-}
-
-inline void write_request_head(const RequestHead &request,
-                               const Forwarding &forwarding, std::string &out) {
-  auto target = request.target;
-  if (strips_prefix(request, forwarding.config)) {
-    target.remove_prefix(forwarding.config.prefix.size());
-  }
-  append(out, request.method,
-         starts_with(target, "/") || target == "*" ? " " : " /", target,
-         " HTTP/1.1\r\n");
-  const auto host = request.find(FieldName::host);
-  const auto sent = sent_host(request, forwarding);
-  if (!host || host->value != sent) { append_field(out, "Host", sent); }
-  for (const auto &field : request.fields) {
-    if (field.id == FieldName::upgrade && request.upgrade) {
-      append_upgrade(out, field);
-    } else if (is_passed_on(field, request, forwarding.config)) {
-      write_request_field(field, request, forwarding, out);
-    }
-  }
-  write_forwarding_fields(request, forwarding, out);
-  write_connection(request, out);
-  out += "\r\n";
-}
-
-// cpp-httplib before 0.27 adds the connection's addresses as fields of these
-// names behind the client's, so that a handler would get the client's.
-inline bool is_httplib_address(std::string_view name) {
-  for (const std::string_view reserved :
-       {"REMOTE_ADDR", "REMOTE_PORT", "LOCAL_ADDR", "LOCAL_PORT"}) {
-    if (equals_ignore_case(name, reserved)) { return true; }
-  }
-  return false;
-}
-
-// The request as own routes and the pre-routing handler see it: with the
-// request target, version and framing of the client, without hop-by-hop fields.
-inline void write_own_request_head(const RequestHead &request,
-                                   const Forwarding &forwarding,
-                                   std::string &out) {
-  append(out, request.method, " ", request.target, " HTTP/1.",
-         decimal(request.minor), "\r\n");
-  const auto host = sent_host(request, forwarding);
-  if (!host.empty()) { append_field(out, "Host", host); }
-  for (const auto &field : request.fields) {
-    if (field.id != FieldName::host && !is_httplib_address(field.name) &&
-        is_passed_on(field, request, forwarding.config)) {
-      append(out, field.line, "\r\n");
-    }
-  }
-  out += "\r\n";
-}
-
-// ---- Forwarding: the response
-
-// Whether a list in the fields `id` has one of these elements. An argument, as
-// in `private="Set-Cookie"`, does not matter.
-inline bool any_lists(const Head &head, FieldName id,
-                      std::initializer_list<std::string_view> wanted) {
-  bool found = false;
-  for (const auto &field : head.fields) {
-    if (field.id != id) { continue; }
-    for_each_element(field.value, [&](std::string_view element) {
-      const auto name = trim(until(element, '='));
-      found |= std::any_of(wanted.begin(), wanted.end(),
-                           [&](auto w) { return equals_ignore_case(name, w); });
-    });
-  }
-  return found;
-}
-
-// The type decides; the path's ending only where there is no telling one, which
-// a 304 never has.
-inline bool is_script_or_style(const RequestHead &request,
-                               const ResponseHead &response) {
-  const auto type = trim(until(response.value(FieldName::content_type), ';'));
-  if (type.empty() || equals_ignore_case(type, "application/octet-stream")) {
-    return ends_with(request.path(), ".js") ||
-           ends_with(request.path(), ".css");
-  }
-  for (const std::string_view known :
-       {"text/javascript", "text/css", "application/javascript",
-        "application/x-javascript"}) {
-    if (equals_ignore_case(type, known)) { return true; }
-  }
-  return false;
-}
-
-// Whether `cdn_cache` applies. A 304 counts, too: what it says replaces what
-// the 200 said. RFC 9111, sections 3 and 3.5.
-inline bool is_cacheable(const RequestHead &request,
-                         const ResponseHead &response, const Config &config) {
-  return config.cdn_cache.count() > 0 &&
-         (response.status == 200 || response.status == 304) &&
-         (request.method == "GET" || request.method == "HEAD") &&
-         is_script_or_style(request, response) &&
-         !request.find(FieldName::authorization) &&
-         !response.find(FieldName::set_cookie) &&
-         !any_lists(response, FieldName::vary, {"*", "Cookie"}) &&
-         !any_lists(response, FieldName::cache_control,
-                    {"no-store", "private", "no-cache"});
-}
-
 // The CORS header lines of a response to `request`.
 inline void write_cors(const RequestHead &request, const Config &config,
                        std::string &out) {
-  if (config.cors_origins.empty()) { return; }
+  const auto &allowed = config.cors_origins;
+  if (allowed.empty()) { return; }
   // Which headers follow depends on it, also where none do.
   out += "Vary: Origin\r\n";
-  const auto origin = request.value(FieldName::origin);
-  const auto is_allowed = [origin](const std::string &allowed) {
-    return allowed == "*" || equals_ignore_case(allowed, origin);
-  };
-  if (origin.empty() || std::none_of(config.cors_origins.begin(),
-                                     config.cors_origins.end(), is_allowed)) {
+  const auto origin = request.value("Origin");
+  if (origin.empty() ||
+      !(is_one_of("*", allowed) || is_one_of(origin, allowed))) {
     return;
   }
   // Fetch, section 3.2.5: with credentials, `*` is an origin like any other, so
   // the origin itself is named.
   append_field(out, "Access-Control-Allow-Origin", origin);
   append_field(out, "Access-Control-Allow-Credentials", "true");
-  const auto method = request.value(FieldName::access_control_request_method);
-  const auto headers = request.value(FieldName::access_control_request_headers);
+  const auto method = request.value("Access-Control-Request-Method");
+  const auto headers = request.value("Access-Control-Request-Headers");
   if (!method.empty()) {
     append_field(out, "Access-Control-Allow-Methods", method);
   }
@@ -1969,81 +1331,324 @@ inline void write_cors(const RequestHead &request, const Config &config,
   }
 }
 
-// What becomes of a response's fields.
-struct ResponseRules {
-  bool upgrade, cached, cors;
+// Writes the heads of one exchange as those who get them have to see them.
+class HeadWriter {
+public:
+  HeadWriter(const RequestHead &request, const Forwarding &forwarding,
+             std::string &out)
+      : request_(request), peers_(forwarding), config_(forwarding.config),
+        out_(out), strips_prefix_(!config_.prefix.empty() &&
+                                  is_below(request.target, config_.prefix)) {
+    const auto named = first_element(request.value("X-Forwarded-Host"));
+    const bool believed = config_.behind_front() && !named.empty();
+    client_host_ = believed ? named : request.host();
+    // Vercel sends the deployment's as Host; its own proxies replace it with
+    // the visitor's, too.
+    sent_host_ = config_.on_vercel ? client_host_ : request.host();
+    if (sent_host_.empty() && !request.find("Host")) {
+      sent_host_ = forwarding.target_authority;
+    }
+  }
+
+  // The request that the target gets.
+  void write_request() {
+    auto target = request_.target;
+    if (strips_prefix_) { target.remove_prefix(config_.prefix.size()); }
+    append(out_, request_.method,
+           starts_with(target, "/") || target == "*" ? " " : " /", target,
+           " HTTP/1.1\r\n");
+    const auto host = request_.find("Host");
+    if (!host || host->value != sent_host_) { write("Host", sent_host_); }
+    for (const auto &field : request_.fields) {
+      if (is_passed_on(field)) { write_request_field(field); }
+    }
+    write_forwarding_fields();
+    // RFC 9110, sections 7.8 and 10.1.4: both have to be listed in Connection.
+    const bool trailers =
+        request_.minor == 1 && request_.lists({"TE"}, {"trailers"});
+    if (trailers) { write("TE", "trailers"); }
+    if (request_.upgrade) { write("Upgrade", request_.protocols); }
+    if (request_.upgrade || trailers) {
+      write("Connection", !trailers          ? "Upgrade"
+                          : request_.upgrade ? "Upgrade, TE"
+                                             : "TE");
+    }
+    out_ += "\r\n";
+  }
+
+  // The request as own routes and the pre-routing handler see it: with the
+  // request target, version and framing of the client, without hop-by-hop
+  // fields.
+  void write_own_request() {
+    append(out_, request_.method, " ", request_.target, " HTTP/1.",
+           decimal(request_.minor), "\r\n");
+    if (!sent_host_.empty()) { write("Host", sent_host_); }
+    for (const auto &field : request_.fields) {
+      // cpp-httplib before 0.27 adds the connection's addresses as fields of
+      // these names behind the client's, so that a handler would get the
+      // client's.
+      if (is_passed_on(field) &&
+          !is_one_of(field.name, {"Host", "REMOTE_ADDR", "REMOTE_PORT",
+                                  "LOCAL_ADDR", "LOCAL_PORT"})) {
+        append(out_, field.line, "\r\n");
+      }
+    }
+    out_ += "\r\n";
+  }
+
+  // `keep_alive`: whether the client's connection outlives the response.
+  // `server_timing`: a complete header line, or "".
+  void write_response(const ResponseHead &response, bool keep_alive,
+                      std::string_view server_timing) {
+    const bool interim = response.status < 200;
+    // A 426 must say to what (RFC 9110, section 15.5.22), as a 101 does.
+    upgrade_ = response.switching || response.status == 426;
+    cached_ = is_cacheable(response);
+    cors_ = !config_.cors_origins.empty() && !interim;
+    append(out_, "HTTP/1.1 ", response.reason, "\r\n");
+    for (const auto &field : response.fields) {
+      write_response_field(field, response);
+    }
+    if (cached_) {
+      const auto age = decimal(config_.cdn_cache.count());
+      append(out_, "Cache-Control: public, s-maxage=", age, "\r\n");
+      append(out_, "CDN-Cache-Control: public, max-age=", age, "\r\n");
+      append(out_, "Vercel-CDN-Cache-Control: public, max-age=", age, "\r\n");
+    }
+    if (cors_) { write_cors(request_, config_, out_); }
+    if (!interim) { out_ += server_timing; }
+    const bool close = !keep_alive && !response.switching;
+    if (upgrade_) {
+      write("Connection", close ? "close, Upgrade" : "Upgrade");
+    } else if (close) {
+      write("Connection", "close");
+    } else if (request_.minor == 0) {
+      write("Connection", "keep-alive");
+    }
+    out_ += "\r\n";
+  }
+
+private:
+  void write(std::string_view name, std::string_view value) {
+    append_field(out_, name, value);
+  }
+
+  // Whether a field of the client goes beyond us at all. What a client must not
+  // take from the target by listing it in Connection always does.
+  bool is_passed_on(const Field &field) const {
+    const auto name = field.name;
+    if (is_one_of(name, {"Content-Length", "Transfer-Encoding", "Host"})) {
+      return true;
+    }
+    if (contains(name, "_")) {
+      // To CGI and its like, '_' and '-' are the same in a name.
+      std::string plain(name);
+      std::replace(plain.begin(), plain.end(), '_', '-');
+      if (is_forwarding(plain) || is_vercel_private(plain)) { return false; }
+    }
+    // CGI makes HTTP_PROXY of "Proxy" ("httpoxy").
+    if (is_vercel_private(name) ||
+        is_one_of(name, {"Proxy", "Warmproxy-Wait"})) {
+      return false;
+    }
+    return is_forwarding(name) ? config_.behind_front()
+                               : !request_.is_hop_by_hop(field);
+  }
+
+  // One field that is_passed_on(), in its place.
+  void write_request_field(const Field &field) {
+    if (field.is("Content-Length")) {
+      write(field.name, decimal(request_.content_length));
+    } else if (field.is("Transfer-Encoding")) {
+      write(field.name, "chunked");
+    } else if (field.is("Destination") && strips_prefix_) {
+      write(field.name, target_destination(field.value));
+    } else if (!is_replaced(field)) {
+      append(out_, field.line, "\r\n");
+    }
+  }
+
+  // Whether another line stands for the field, or none.
+  bool is_replaced(const Field &field) const {
+    return (field.is("Host") && field.value != sent_host_) ||
+           (field.is("X-Forwarded-For") && !config_.on_vercel) ||
+           (field.is("X-Forwarded-Prefix") && strips_prefix_) ||
+           // RFC 9110, section 10.1.1
+           (field.is("Expect") && request_.minor == 0);
+  }
+
+  // What we know of the client, where nobody who is believed has said it.
+  void write_forwarding_fields() {
+    // On Vercel, the peer is the platform.
+    if (!config_.on_vercel || is_absent("X-Forwarded-For")) {
+      write_joined("X-Forwarded-For", peers_.client_address);
+    }
+    if (is_absent("X-Forwarded-Proto") && is_absent("Forwarded")) {
+      write("X-Forwarded-Proto", "http");
+    }
+    if (is_absent("X-Forwarded-Host") && !request_.host().empty()) {
+      write("X-Forwarded-Host", request_.host());
+    }
+    if (strips_prefix_) { write_joined("X-Forwarded-Prefix", config_.prefix); }
+  }
+
+  bool is_absent(std::string_view name) const {
+    return !config_.behind_front() || !request_.find(name);
+  }
+
+  // Ours behind what those who are believed have said, as one line.
+  void write_joined(std::string_view name, std::string_view ours) {
+    append(out_, name, ": ");
+    for (const auto &field : request_.fields) {
+      if (config_.behind_front() && field.is(name) && !field.value.empty()) {
+        append(out_, field.value, ", ");
+      }
+    }
+    append(out_, ours, "\r\n");
+  }
+
+  void write_response_field(const Field &field, const ResponseHead &response) {
+    if (field.is("Transfer-Encoding")) {
+      // An HTTP/1.0 client gets the body without chunks.
+      if (request_.minor == 1) { write(field.name, "chunked"); }
+      return;
+    }
+    if (field.is("Content-Length")) {
+      return write(field.name, decimal(response.content_length));
+    }
+    const bool dropped = field.is("Upgrade")
+                             ? !upgrade_
+                             : response.is_hop_by_hop(field) || is_ours(field);
+    if (dropped) { return; }
+    if (field.is("Location") || field.is("Content-Location")) {
+      const auto location = client_location(field.value);
+      if (location != field.value) { return write(field.name, location); }
+    }
+    append(out_, field.line, "\r\n");
+  }
+
+  // Whether we say this ourselves.
+  bool is_ours(const Field &field) const {
+    return (cached_ &&
+            is_one_of(field.name, {"Cache-Control", "CDN-Cache-Control",
+                                   "Vercel-CDN-Cache-Control"})) ||
+           (cors_ &&
+            starts_with_ignore_case(field.name, "Access-Control-Allow-"));
+  }
+
+  // Whether `cdn_cache` applies. A 304 counts, too: what it says replaces what
+  // the 200 said. RFC 9111, sections 3 and 3.5.
+  bool is_cacheable(const ResponseHead &response) const {
+    return config_.cdn_cache.count() > 0 &&
+           (response.status == 200 || response.status == 304) &&
+           (request_.method == "GET" || request_.method == "HEAD") &&
+           is_script_or_style(response) && !request_.find("Authorization") &&
+           !response.find("Set-Cookie") &&
+           !response.lists({"Vary"}, {"*", "Cookie"}) &&
+           !response.lists({"Cache-Control", "CDN-Cache-Control",
+                            "Vercel-CDN-Cache-Control"},
+                           {"no-store", "private", "no-cache"});
+  }
+
+  // The type decides; the path's ending only where there is no telling one,
+  // which a 304 never has.
+  bool is_script_or_style(const ResponseHead &response) const {
+    const auto type = trim(until(response.value("Content-Type"), ';'));
+    if (type.empty() || equals_ignore_case(type, "application/octet-stream")) {
+      return ends_with(request_.path(), ".js") ||
+             ends_with(request_.path(), ".css");
+    }
+    return is_one_of(type,
+                     {"text/javascript", "text/css", "application/javascript",
+                      "application/x-javascript"});
+  }
+
+  // Location and Content-Location: as the client has to ask for it.
+  std::string client_location(std::string_view location) const {
+    Uri uri;
+    if (!split_uri(location, uri)) { return std::string(location); }
+    std::string origin;
+    if (!uri.scheme.empty()) {
+      if (client_host_.empty() || !names_us(uri.authority)) {
+        return std::string(location);
+      }
+      // A target that leads to https itself knows more than we do.
+      const auto scheme = equals_ignore_case(uri.scheme, "http")
+                              ? client_scheme()
+                              : std::string_view();
+      origin =
+          concat(scheme.empty() ? uri.scheme : scheme, "://", client_host_);
+    }
+    const bool prefixed =
+        !strips_prefix_ || is_below(until(uri.path, '#'), config_.prefix);
+    return concat(origin, prefixed ? "" : config_.prefix, uri.path);
+  }
+
+  // WebDAV's Destination (RFC 4918, section 10.3): as the target knows it.
+  std::string target_destination(std::string_view destination) const {
+    Uri uri;
+    if (!split_uri(destination, uri) || !is_below(uri.path, config_.prefix) ||
+        (!uri.scheme.empty() && !names_us(uri.authority))) {
+      return std::string(destination);
+    }
+    const auto path = uri.path.substr(config_.prefix.size());
+    return concat(destination.substr(0, destination.size() - uri.path.size()),
+                  starts_with(path, "/") ? "" : "/", path);
+  }
+
+  // Whether this is our host, or, with the target's port, a name of the
+  // machine: some servers put their port into redirects.
+  bool names_us(std::string_view authority) const {
+    if (is_one_of(authority, {sent_host_, client_host_})) {
+      return !authority.empty();
+    }
+    const auto port = concat(":", decimal(peers_.target_port));
+    if (!ends_with(authority, port)) { return false; }
+    authority.remove_suffix(port.size());
+    return is_one_of(authority,
+                     {"localhost", "127.0.0.1", "[::1]",
+                      without_port(sent_host_), without_port(client_host_)});
+  }
+
+  // "http", "https", or "" if the proxy before us says something else.
+  std::string_view client_scheme() const {
+    const auto proto = first_element(request_.value("X-Forwarded-Proto"));
+    if (!config_.behind_front() || (proto.empty() && is_absent("Forwarded"))) {
+      return "http";
+    }
+    return equals_ignore_case(proto, "https")  ? "https"
+           : equals_ignore_case(proto, "http") ? "http"
+                                               : "";
+  }
+
+  const RequestHead &request_;
+  const Forwarding &peers_;
+  const Config &config_;
+  std::string &out_;
+  const bool strips_prefix_;
+  std::string_view client_host_; // as the client named it to the first proxy
+  std::string_view sent_host_;   // the Host that the target gets
+  bool upgrade_ = false, cached_ = false, cors_ = false; // of the response
 };
 
-inline void write_response_field(const Field &field, const RequestHead &request,
-                                 const ResponseHead &response,
-                                 const ResponseRules &rules,
-                                 const Forwarding &forwarding,
-                                 std::string &out) {
-  if (field.id == FieldName::upgrade
-          ? !rules.upgrade
-          : response.is_hop_by_hop(field) && !is_framing(field.id)) {
-    return;
-  }
-  switch (field.id) {
-  case FieldName::transfer_encoding:
-    if (request.minor == 1) { append_field(out, field.name, "chunked"); }
-    return;
-  case FieldName::content_length:
-    append_field(out, field.name, decimal(response.content_length));
-    return;
-  case FieldName::access_control_allow:
-    if (rules.cors) { return; }
-    break;
-  case FieldName::cache_control:
-    if (rules.cached) { return; }
-    break;
-  case FieldName::location:
-  case FieldName::content_location: {
-    const auto location = client_location(field.value, request, forwarding);
-    if (location == field.value) { break; }
-    append_field(out, field.name, location);
-    return;
-  }
-  default: break;
-  }
-  append(out, field.line, "\r\n");
+inline void write_request_head(const RequestHead &request,
+                               const Forwarding &forwarding, std::string &out) {
+  HeadWriter(request, forwarding, out).write_request();
 }
 
-// `keep_alive`: whether the client's connection outlives the response.
-// `server_timing`: a complete header line, or "". For HTTP/1.0 clients the body
-// goes out without chunks, so there is no Transfer-Encoding.
+inline void write_own_request_head(const RequestHead &request,
+                                   const Forwarding &forwarding,
+                                   std::string &out) {
+  HeadWriter(request, forwarding, out).write_own_request();
+}
+
 inline void write_response_head(const RequestHead &request,
                                 const ResponseHead &response,
                                 const Forwarding &forwarding, bool keep_alive,
                                 std::string_view server_timing,
                                 std::string &out) {
-  const auto &config = forwarding.config;
-  const bool interim = response.status < 200;
-  // A 426 must say to what (RFC 9110, section 15.5.22), as a 101 does.
-  const ResponseRules rules{response.switching || response.status == 426,
-                            is_cacheable(request, response, config),
-                            !config.cors_origins.empty() && !interim};
-  append(out, "HTTP/1.1 ", response.reason, "\r\n");
-  for (const auto &field : response.fields) {
-    write_response_field(field, request, response, rules, forwarding, out);
-  }
-  if (rules.cached) {
-    const auto age = decimal(config.cdn_cache.count());
-    append(out, "Cache-Control: public, s-maxage=", age, "\r\n");
-    append(out, "CDN-Cache-Control: public, max-age=", age, "\r\n");
-    append(out, "Vercel-CDN-Cache-Control: public, max-age=", age, "\r\n");
-  }
-  if (rules.cors) { write_cors(request, config, out); }
-  if (!interim) { out += server_timing; }
-  const bool close = !keep_alive && !response.switching;
-  if (rules.upgrade) {
-    append_field(out, "Connection", close ? "close, Upgrade" : "Upgrade");
-  } else if (close) {
-    append_field(out, "Connection", "close");
-  } else if (request.minor == 0) {
-    append_field(out, "Connection", "keep-alive");
-  }
-  out += "\r\n";
+  HeadWriter(request, forwarding, out)
+      .write_response(response, keep_alive, server_timing);
 }
 
 // ---- Net: descriptors, clocks, buffers, the event loop ----------------------
@@ -3847,13 +3452,13 @@ private:
     if (response.status < 300 || response.status > 399 || redirects_ == 5) {
       return {};
     }
-    const auto location = until(response.value(FieldName::location), '#');
-    if (is_absolute_path(location)) { return std::string(location); }
+    const auto location = until(response.value("Location"), '#');
     Uri uri;
-    if (!split_uri(location, uri) || !equals_ignore_case(uri.scheme, "http") ||
-        !equals_ignore_case(uri.authority, host_)) {
-      return {};
-    }
+    const bool here =
+        split_uri(location, uri) &&
+        (uri.scheme.empty() || (equals_ignore_case(uri.scheme, "http") &&
+                                equals_ignore_case(uri.authority, host_)));
+    if (!here) { return {}; }
     return concat(starts_with(uri.path, "/") ? "" : "/", uri.path);
   }
 
@@ -4808,7 +4413,7 @@ inline constexpr PageText page_texts[] = {
 inline std::string page_with(std::string_view part,
                              const RequestHead &request) {
   const bool chinese =
-      starts_with_ignore_case(request.value(FieldName::accept_language), "zh");
+      starts_with_ignore_case(request.value("Accept-Language"), "zh");
   auto page = concat(page_head, part);
   for (const auto &text : page_texts) {
     replace_all(page, text.key, chinese ? text.chinese : text.english);
@@ -4842,14 +4447,14 @@ inline Reply waiting_page(const RequestHead &request, seconds waited) {
 // A browser that navigates to a page, and nobody else.
 inline bool wants_page(const RequestHead &request) {
   if (request.method != "GET") { return false; }
-  const auto purpose = request.value(FieldName::sec_fetch_dest);
+  const auto purpose = request.value("Sec-Fetch-Dest");
   if (!purpose.empty()) {
     return purpose == "document" || purpose == "iframe" || purpose == "frame";
   }
   // Browsers send Sec-Fetch-Dest over https alone. text/html in Accept is no
   // sign: feed readers and HTTP libraries have it, too.
-  return request.value(FieldName::upgrade_insecure_requests) == "1" &&
-         contains(request.value(FieldName::accept), "text/html");
+  return request.value("Upgrade-Insecure-Requests") == "1" &&
+         contains(request.value("Accept"), "text/html");
 }
 
 // ---- Responses: errors, status
@@ -4882,8 +4487,8 @@ inline Reply start_failure_reply(const RequestHead &request, int status,
 // A CORS preflight request that is answered here.
 inline bool is_preflight(const RequestHead &request, const Config &config) {
   return !config.cors_origins.empty() && request.method == "OPTIONS" &&
-         request.find(FieldName::origin) &&
-         request.find(FieldName::access_control_request_method);
+         request.find("Origin") &&
+         request.find("Access-Control-Request-Method");
 }
 
 // JSON, or metrics for Prometheus where the request asks for them.
@@ -4920,7 +4525,7 @@ inline Reply status_reply(const RequestHead &request, const Status &status) {
       "Requests, streams and tunnels that the target serves.");
   add("connections", decimal(status.connections), "client_connections",
       "Open client connections.");
-  if (contains(request.value(FieldName::accept), "version=0.0.4") ||
+  if (contains(request.value("Accept"), "version=0.0.4") ||
       ends_with(request.target, "format=prometheus")) {
     return {200, {}, "text/plain; version=0.0.4; charset=utf-8", metrics};
   }
@@ -5132,8 +4737,7 @@ private:
     response_ = response.framing;
     std::string out = concat("HTTP/1.1 ", response.reason, "\r\n");
     for (const auto &field : response.fields) {
-      const bool left_out =
-          field.id == FieldName::transfer_encoding && is_dechunked();
+      const bool left_out = field.is("Transfer-Encoding") && is_dechunked();
       if (!left_out && !response.is_hop_by_hop(field)) {
         append(out, field.line, "\r\n");
       }
@@ -5699,8 +5303,8 @@ inline Exchange::Result Exchange::await_target() {
     return Result::abort;
   }
   if (!lease_) { lease_.emplace(); }
-  const auto host = request_.authority.empty() ? request_.value(FieldName::host)
-                                               : request_.authority;
+  const auto host =
+      request_.authority.empty() ? request_.value("Host") : request_.authority;
   Failure failure;
   switch (shared_.supervisor.acquire(*lease_, host, failure)) {
   case Supervisor::Access::granted: break;
@@ -5711,7 +5315,7 @@ inline Exchange::Result Exchange::await_target() {
     return Result::reply;
   }
   // The waiting page's script: it learns that the target is ready.
-  if (request_.method == "GET" && request_.find(FieldName::warmproxy_wait)) {
+  if (request_.method == "GET" && request_.find("Warmproxy-Wait")) {
     reply_ = Reply{204, lease_->server_timing(), {}, {}};
     return Result::reply;
   }
@@ -6008,7 +5612,7 @@ inline void Exchange::begin_response() {
                 attempt.upload.finished() && !shared_.draining &&
                 !loses_authentication();
   endless_ = response.switching ||
-             starts_with_ignore_case(response.value(FieldName::content_type),
+             starts_with_ignore_case(response.value("Content-Type"),
                                      "text/event-stream");
   if (endless_) { ++shared_.endless; }
   write_response_head(request_, response, forwarding(), keep_alive_,

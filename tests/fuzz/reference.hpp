@@ -186,7 +186,7 @@ inline Bytes head_of(Bytes bytes, bool lenient) {
 }
 
 // The lines of a head without their ends and without the empty one. None if a
-// line does not end properly or contains what it must not.
+// line does not end properly or, unless `lenient`, contains what it must not.
 inline std::vector<std::string> lines_of(Bytes head, bool lenient) {
   std::vector<std::string> lines;
   std::string line;
@@ -200,7 +200,7 @@ inline std::vector<std::string> lines_of(Bytes head, bool lenient) {
     } else if (!lenient) {
       return {};
     }
-    if (!(lenient ? harmless(line) : clean(line))) { return {}; }
+    if (!lenient && !clean(line)) { return {}; }
     lines.push_back(line);
     line.clear();
   }
@@ -224,8 +224,8 @@ inline bool read_lines(const std::vector<std::string> &lines, Head &head) {
 }
 
 // Joins folded lines, removes blanks before colons, and leaves out lines whose
-// name is no token. False if there are too many lines.
-inline bool repair_lines(std::vector<std::string> &lines) {
+// name is no token.
+inline void repair_lines(std::vector<std::string> &lines) {
   std::vector<std::string> joined;
   for (std::size_t i = 1; i < lines.size(); ++i) {
     if (i == 1 || !blank(lines[i][0])) {
@@ -249,7 +249,6 @@ inline bool repair_lines(std::vector<std::string> &lines) {
       lines.push_back(line.substr(0, end) + line.substr(colon));
     }
   }
-  return joined.size() <= 1000;
 }
 
 inline std::optional<std::uint64_t> decimal(Bytes text) {
@@ -401,7 +400,9 @@ inline std::optional<Head> response(Bytes text, Bytes method, bool lenient) {
   }
   if (!lenient && text.find("\n") != text.find("\r\n") + 1) { return {}; }
   auto lines = lines_of(text, true);
-  if (lines.empty() || (lenient && !repair_lines(lines))) { return {}; }
+  if (lines.empty()) { return {}; }
+  if (lenient) { repair_lines(lines); }
+  if (!std::all_of(lines.begin(), lines.end(), harmless)) { return {}; }
   Head head;
   const auto &first = lines[0];
   const auto version = first.substr(0, 9);

@@ -9,6 +9,10 @@ namespace {
 
 using namespace warmproxy::detail;
 
+bool is_framing(const Field &field) {
+  return field.is("Content-Length") || field.is("Transfer-Encoding");
+}
+
 void compare(const ResponseHead &head, const reference::Head &expected) {
   REQUIRE(head.status == expected.status, "another status");
   REQUIRE(head.reason == expected.reason, "another reason");
@@ -20,7 +24,7 @@ void compare(const ResponseHead &head, const reference::Head &expected) {
     const auto &line = expected.lines[i];
     REQUIRE(reference::lower(field.name) == line.name, "another name");
     REQUIRE(field.value == line.value, "another value");
-    REQUIRE(field.line == line.raw, "another line");
+    REQUIRE(is_framing(field) || field.line == line.raw, "another line");
     REQUIRE(reference::harmless(field.line), "a line that is none");
   }
   const auto mode = head.framing.mode();
@@ -99,7 +103,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data,
   std::string again =
       "HTTP/1." + std::to_string(head.minor) + " " + std::string(head.reason);
   for (const auto &field : head.fields) {
-    again += "\r\n" + std::string(field.line);
+    again += "\r\n";
+    again += is_framing(field) ? concat(field.name, ": ", field.value)
+                               : std::string(field.line);
   }
   again += "\r\n\r\n";
   const auto strict = reference::response(again, method, false);
