@@ -4927,65 +4927,68 @@ call_pre_routing_handler(const httplib::Server::HandlerWithResponse &handler,
   return reply;
 }
 
-// ---- Worker: what connections share
-// ------------------------------------------
+// ---- Worker: what connections share -----------------------------------------
+
+// The client's side of a connection.
+struct Client : Task {
+  explicit Client(BufferPool &buffers) : received(buffers) {}
+
+  Socket socket;
+  Buffer received;
+  std::string address;
+  int port = 0;
+  // NTLM or Negotiate has logged the client in on its upstream connection, so
+  // that its own connection must not outlive that one.
+  bool authenticated = false;
+
+  // For IdleClients, which takes the entry while the client is idle.
+  std::list<Client *> not_idle{this};
+  const std::list<Client *>::iterator entry = not_idle.begin();
+  Time idle_since{};
+  bool asked_to_leave = false;
+};
 
 // The client connections of one event loop that are between two requests. At
 // `max_connections`, the one that has been idle for longest makes room.
 class IdleClients : public Task {
 public:
-  struct Entry {
-    Task *connection;
-    Time since;
-    bool asked_to_leave;
-  };
-  using Node = std::list<Entry>; // of one entry, while that one is not idle
-
   explicit IdleClients(Loop &loop) : loop_(loop) {}
 
-  void enter(Node &node) {
-    node.front().since = loop_.now();
-    node.front().asked_to_leave = false;
-    entries_.splice(entries_.end(), node);
+  void enter(Client &client) {
+    if (client.not_idle.empty()) { return; }
+    client.idle_since = loop_.now();
+    client.asked_to_leave = false;
+    idle_.splice(idle_.end(), client.not_idle);
     publish();
   }
-  void leave(Node &node, Node::iterator entry) {
-    node.splice(node.end(), entries_, entry);
+  void leave(Client &client) {
+    if (!client.not_idle.empty()) { return; }
+    client.not_idle.splice(client.not_idle.end(), idle_, client.entry);
     publish();
   }
 
   // From any thread.
-  Time longest() const { return Time(Time::duration(longest_)); }
-  void make_room() {
-    ++wanted_;
-    loop_.resume(*this);
-  }
+  Time longest() const { return longest_; }
+  void make_room() { loop_.resume(*this); }
 
-  Next run() override;
+  void resumed() override {
+    for (const auto client : idle_) {
+      if (std::exchange(client->asked_to_leave, true)) { continue; }
+      return loop_.schedule(*client, loop_.now());
+    }
+  }
+  Next run() override { return Next::wait; }
   Time deadline() const override { return Time::max(); }
 
 private:
   void publish() {
-    const auto since = entries_.empty() ? Time::max() : entries_.front().since;
-    longest_ = since.time_since_epoch().count();
+    longest_ = idle_.empty() ? Time::max() : idle_.front()->idle_since;
   }
 
   Loop &loop_;
-  Node entries_; // the longest idle one first
-  std::atomic<Time::rep> longest_{Time::max().time_since_epoch().count()};
-  std::atomic<std::size_t> wanted_{0};
+  std::list<Client *> idle_; // the longest idle one first
+  std::atomic<Time> longest_{Time::max()};
 };
-
-inline Task::Next IdleClients::run() {
-  auto wanted = wanted_.exchange(0);
-  for (auto &entry : entries_) {
-    if (wanted == 0) { break; }
-    if (std::exchange(entry.asked_to_leave, true)) { continue; }
-    loop_.schedule(*entry.connection, loop_.now());
-    --wanted;
-  }
-  return Next::wait;
-}
 
 struct Worker;
 
@@ -5010,10 +5013,17 @@ struct Shared {
   std::atomic<bool> waiting_for_end{false};
 
   std::size_t connections() const;
+  // Any loop may hold the idle connection that a target waits for, or that has
+  // the descriptor we lack.
   void close_idle_upstreams();
-  // Logs what had to be repaired or refused once, since it may come with every
-  // response.
-  void log_once(const std::string &line);
+  // Logs what may come with every response only once.
+  void log_once(const std::string &line) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (logged.size() == 100 || !logged.insert(line).second) { return; }
+    }
+    log(line);
+  }
 
   std::mutex mutex; // of logged
   std::set<std::string> logged;
@@ -5030,6 +5040,8 @@ struct Worker {
     };
   }
 
+  Time after(milliseconds time) const { return later(loop.now(), time); }
+
   Shared &shared;
   Loop loop;
   UpstreamPool pool;
@@ -5044,50 +5056,63 @@ inline std::size_t Shared::connections() const {
   return count;
 }
 
-// Any loop may hold the idle connection that a target waits for, or that has
-// the descriptor we lack.
 inline void Shared::close_idle_upstreams() {
   for (const auto &worker : workers) {
     worker->pool.close_all();
   }
 }
 
-inline void Shared::log_once(const std::string &line) {
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (logged.size() == 100 || !logged.insert(line).second) { return; }
-  }
-  log(line);
-}
-
-// The client's side of a connection.
-struct Client {
-  explicit Client(BufferPool &buffers) : received(buffers) {}
-
-  Socket socket;
-  Buffer received;
-  std::string address;
-  int port = 0;
-  // NTLM or Negotiate has logged the client in on its upstream connection, so
-  // that its own connection must not outlive that one.
-  bool authenticated = false;
-};
-
-// ---- Exchange: one request with the target
-// -----------------------------------
+// ---- Exchange: one request with the target ----------------------------------
 
 // One direction of an exchange: `head` goes out first, then the bytes of
 // `source` that belong to the message.
 struct Flow {
   Flow(Buffer &from, Socket *to) : source(from), sink(to) {}
 
-  // Finds out how much of `source` belongs to the message.
-  void frame();
-  // Sends what is pending. False if the sink takes no more.
-  bool write();
   bool pending() const { return sent < head.size() || framed > 0; }
   bool can_write() const { return pending() && sink->writable && !stopped; }
   bool finished() const { return framing.done() && !pending(); }
+
+  // Finds out how much of `source` belongs to the message.
+  void frame() {
+    if (dechunk) {
+      source.consume(framing.take(source.view(), &head));
+      return;
+    }
+    framed += framing.take(source.view().substr(framed));
+    while (framing.at_superfluous()) {
+      source.erase(framed);
+      framed += framing.take(source.view().substr(framed));
+    }
+  }
+
+  // Sends what is pending. False if the sink takes no more.
+  bool write() {
+    const auto body = source.view();
+    iovec parts[] = {{head.data() + sent, head.size() - sent},
+                     {const_cast<char *>(body.data()), framed}};
+    msghdr message{};
+    message.msg_iov = parts;
+    message.msg_iovlen = 2;
+    const auto n =
+        ::sendmsg(sink->fd.get(), &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (n < 0) {
+      sink->writable = errno == EINTR;
+      return would_block(errno) || errno == ENOTCONN; // not connected yet
+    }
+    moved = true;
+    const auto written = static_cast<std::size_t>(n);
+    const auto of_head = std::min(written, head.size() - sent);
+    sent += of_head;
+    if (sent == head.size()) {
+      head.clear();
+      sent = 0;
+    }
+    source.consume(written - of_head);
+    framed -= written - of_head;
+    sink->writable = !pending(); // otherwise it would have taken all
+    return true;
+  }
 
   Buffer &source;
   Socket *sink;
@@ -5101,1015 +5126,698 @@ struct Flow {
   bool shut = false;    // the sink has been told that there is no more
 };
 
-inline void Flow::frame() {
-  if (dechunk) {
-    source.consume(framing.take(source.view(), &head));
-    return;
-  }
-  for (;;) {
-    framed += framing.take(source.view().substr(framed));
-    if (!framing.at_superfluous() || framed == source.view().size()) { return; }
-    source.erase(framed);
-  }
-}
-
-inline bool Flow::write() {
-  const auto body = source.view();
-  iovec parts[] = {{head.data() + sent, head.size() - sent},
-                   {const_cast<char *>(body.data()), framed}};
-  msghdr message{};
-  message.msg_iov = parts;
-  message.msg_iovlen = 2;
-  const auto n =
-      ::sendmsg(sink->fd.get(), &message, MSG_DONTWAIT | MSG_NOSIGNAL);
-  if (n < 0) {
-    sink->writable = errno == EINTR;
-    return would_block(errno);
-  }
-  moved = true;
-  const auto written = static_cast<std::size_t>(n);
-  const auto of_head = std::min(written, head.size() - sent);
-  sent += of_head;
-  if (sent == head.size()) {
-    head.clear();
-    sent = 0;
-  }
-  source.consume(written - of_head);
-  framed -= written - of_head;
-  sink->writable = !pending(); // otherwise it would have taken all
-  return true;
-}
-
-// One attempt to have the request answered, on one upstream connection.
-struct Attempt {
-  Attempt(Worker &worker, Client &client)
-      : received(worker.loop.buffers), upload(client.received, nullptr),
-        download(received, &client.socket), pool(worker.pool) {}
-  ~Attempt() {
-    if (upstream) { pool.close(std::move(upstream)); }
-  }
-
-  Buffer received; // from the target
-  Flow upload, download;
-  ResponseHead response;
-  UpstreamPool &pool;
-  std::unique_ptr<Upstream> upstream;
-  bool is_new = true;            // the connection
-  bool connected = false;        // something could be sent
-  bool interim_sent = false;     // a 1xx was passed on
-  bool responding = false;       // the final response head has arrived
-  milliseconds redial{20};       // how long a connect may take
-  Time stalled_at = Time::max(); // when something is done about the silence
-};
-
-// Takes one request to the target and its response back. Constructed for each
-// request, when its head has been read.
+// One attempt to take a request to the target and its response back.
 class Exchange {
 public:
   enum class Result {
-    wait,    // for an event or the deadline
-    yield,   // to the other connections
-    done,    // the response has been passed on in full
-    reply,   // we have to respond ourselves: see take_reply()
-    abort,   // one side is gone, and nothing more can be said
-    retry,   // begin another attempt; run() never returns it
-    proceed, // go on with this attempt; run() never returns it
+    go_on,
+    wait,  // for an event or the deadline
+    done,  // the response has been passed on in full
+    reply, // we have to respond ourselves: see reply()
+    retry, // in another exchange
+    abort  // one side is gone, and nothing more can be said
   };
 
-  Exchange(Worker &worker, Task &connection, Client &client,
-           const RequestHead &request);
-  ~Exchange();
+  // `sends_left`: how often the request may still be sent.
+  Exchange(Worker &worker, Client &client, const RequestHead &request,
+           int &sends_left)
+      : worker_(worker), shared_(worker.shared), client_(client),
+        request_(request), sends_left_(sends_left),
+        // RFC 9110, section 9.2.2: only what changes nothing may be sent again.
+        repeatable_(request.is_safe() && request.framing.done()),
+        received_(worker.loop.buffers), upload_(client.received, nullptr),
+        download_(received_, &client.socket) {
+    upload_.framing = request.framing;
+    if (shared_.config.waiting_page_after.count() && wants_page(request)) {
+      impatient_at_ = worker_.after(shared_.config.waiting_page_after);
+    }
+  }
+  ~Exchange() {
+    if (endless_) { --shared_.endless; }
+    // It must not look complete: abort with RST.
+    if (until_close_ && !download_.finished()) {
+      reset_on_close(client_.socket.fd.get());
+    }
+    if (upstream_) { worker_.pool.close(std::move(upstream_)); }
+  }
 
-  Result run();
-  Time deadline() const { return deadline_; }
+  // Moves bytes in both directions at once, each until its framing is done.
+  Result run() {
+    moved_ = false;
+    if ((upstream_ ? act_on_silence() : await_target()) && write_both() &&
+        read_from_client() && read_from_target()) {
+      return moved_ || upload_.can_write() || download_.can_write()
+                 ? Result::go_on
+                 : Result::wait;
+    }
+    if (result_ == Result::done) { give_upstream_back(); }
+    return result_;
+  }
+  Time deadline() const { return std::min(impatient_at_, gone_at_); }
   // Whether the client's connection can serve another request after `done`.
   bool keep_alive() const { return keep_alive_; }
-  Reply take_reply() { return std::move(reply_); }
+  const Reply &reply() const { return reply_; }
   // The rest of a 1xx that must go out before our own response.
-  std::string unsent() const;
+  std::string unsent() const { return download_.head.substr(download_.sent); }
   bool tunnel_established() const {
-    return is_tunnel() && !attempt_->download.pending();
+    return is_tunnel() && !download_.pending();
   }
 
 private:
-  bool is_tunnel() const {
-    return attempt_ &&
-           attempt_->download.framing.mode() == Framing::Mode::tunnel;
+  // The functions that return bool: false if run() has to return `result_`.
+  bool end(Result result) {
+    result_ = result;
+    return false;
   }
-  Forwarding forwarding() const;
-  Result respond(int status, std::string_view reason, std::string lines = {});
-  Result await_target();
-  Result not_ready_yet();
-  Result begin_attempt();
-  bool dial_target();
-  Result connect_failed(int error);
-  Result no_response();
-  Result bad_response(std::string_view reason);
-  Result advance();
-  Result act_on_silence();
-  Result pump();
-  Result write_both();
-  bool response_sent() const;
-  Result advance_tunnel();
-  bool can_read_client() const;
-  bool client_is_gone() const;
-  bool receive_from_client();
-  Result read_from_client(bool &moved);
-  Result read_from_target(bool &moved);
-  Result upstream_ended(bool orderly);
-  Result frame_response();
-  Result read_response_head();
-  void begin_response();
-  bool upstream_lasts() const;
-  bool loses_authentication() const;
-  void give_upstream_back();
+  bool respond(Reply reply) {
+    reply_ = std::move(reply);
+    return end(Result::reply);
+  }
+  bool fail(int status, std::string_view reason, std::string lines = {}) {
+    return respond(error_reply(request_, status, reason, std::move(lines)));
+  }
+  bool bad_response(std::string_view reason) {
+    shared_.log_once(concat("response refused: ", reason));
+    return fail(502, concat("the target's response is malformed: ", reason));
+  }
+
+  Forwarding forwarding() const {
+    return {shared_.config, client_.address, target_authority_,
+            lease_.endpoint().port};
+  }
+  bool is_tunnel() const {
+    return download_.framing.mode() == Framing::Mode::tunnel;
+  }
+
+  // ---- Getting a connection to the target
+
+  bool await_target() {
+    if (!read_from_client()) { return false; }
+    Failure failure;
+    switch (shared_.supervisor.acquire(lease_, request_.host(), failure)) {
+    case Supervisor::Access::granted: break;
+    case Supervisor::Access::pending:
+      return worker_.loop.now() < impatient_at_
+                 ? end(Result::wait)
+                 : respond(waiting_page(request_, lease_.waited()));
+    case Supervisor::Access::failed:
+      return respond(start_failure_reply(request_, failure.status,
+                                         failure.reason, failure.retry_after));
+    }
+    // The waiting page's script: it learns that the target is ready.
+    if (request_.method == "GET" && request_.find("Warmproxy-Wait")) {
+      return respond({204, lease_.server_timing(), {}, {}});
+    }
+    return open_upstream();
+  }
+
+  bool open_upstream() {
+    impatient_at_ = Time::max();
+    // What has met a stale connection gets a new one.
+    if (sends_left_ == WARMPROXY_MAX_ATTEMPTS) {
+      upstream_ = worker_.pool.take(&client_, lease_.generation(), repeatable_,
+                                    client_);
+    }
+    is_new_ = !upstream_;
+    if (is_new_) {
+      auto fd = dial(lease_.endpoint());
+      if (fd) {
+        upstream_ =
+            worker_.pool.open(std::move(fd), lease_.generation(), client_);
+      }
+      if (!upstream_) { return connect_failed(errno); }
+      impatient_at_ = worker_.after(patience_);
+    }
+    upload_.sink = upstream_.get();
+    target_authority_ = lease_.endpoint().text();
+    write_request_head(request_, forwarding(), upload_.head);
+    return true;
+  }
+
+  bool connect_failed(int error) {
+    if (error == ECONNREFUSED) { return no_response(); }
+    // We lack descriptors, ports or memory. Idle connections hold some.
+    shared_.close_idle_upstreams();
+    return fail(503,
+                concat("cannot connect to the target: ", error_text(error)),
+                "Retry-After: 1\r\n");
+  }
+
+  // The upstream connection ended before a response. Only a request that
+  // changes nothing is sent again, and once at most on a new connection; an
+  // idle one that has gone stale says nothing about the target.
+  bool no_response() {
+    if (upload_.moved) {
+      --sends_left_;
+      if (is_new_) { sends_left_ = std::min(sends_left_, 1); }
+      if (!repeatable_) { sends_left_ = 0; }
+    }
+    if (sends_left_ == 0) {
+      return fail(502, "the target closed the connection without a response");
+    }
+    if (is_new_) { shared_.supervisor.suspect(lease_); }
+    return end(Result::retry);
+  }
+
+  // A connect that takes long has met a full backlog, and the kernel would try
+  // again after 1, 3 and 7 s. Another attempt gets in as soon as there is room,
+  // which 200 first requests at once need. So it goes on for as long as the
+  // client waits: a busy target is not a dead one.
+  bool act_on_silence() {
+    if (worker_.loop.now() < impatient_at_) { return true; }
+    patience_ = std::min<milliseconds>(patience_ * 2, seconds(1));
+    const bool stalled = patience_.count() > WARMPROXY_STALL_TIMEOUT;
+    // A server of one connection at a time may be blocked on an idle one.
+    if (stalled) { shared_.close_idle_upstreams(); }
+    if (!upload_.moved && !upstream_->writable) {
+      worker_.pool.close(std::move(upstream_));
+      upload_.head.clear();
+      return open_upstream();
+    }
+    impatient_at_ = stalled ? Time::max() : worker_.after(patience_);
+    return true;
+  }
+
+  // ---- Moving bytes
+
+  bool write_both() {
+    if (upload_.can_write() && !upload_.write()) {
+      upload_.stopped = true; // yet the target may have responded before
+      if (!upload_.moved) { return no_response(); }
+    }
+    if (download_.can_write() && !download_.write()) {
+      return end(Result::abort);
+    }
+    if (is_tunnel()) { return advance_tunnel(); }
+    return responding_ && download_.finished() ? end(Result::done) : true;
+  }
+
+  // Either side of a tunnel may close while the other still sends.
+  bool advance_tunnel() {
+    // Both directions are closed, and not by us: the connection was reset.
+    if (upload_.stopped || (client_.socket.broken && !download_.shut)) {
+      return end(Result::abort);
+    }
+    if (half_closed_) { upload_.framing.close(); }
+    gone_at_ = Time::max();
+    for (auto *flow : {&upload_, &download_}) {
+      // Only once: every shutdown() triggers an event for the socket itself.
+      if (flow->finished() && !std::exchange(flow->shut, true)) {
+        ::shutdown(flow->sink->fd.get(), SHUT_WR);
+      }
+    }
+    return upload_.shut && download_.shut ? end(Result::done) : true;
+  }
+
+  // Reads more of the body, the next request, or the end.
+  bool read_from_client() {
+    auto &socket = client_.socket;
+    const bool blocked = upstream_ && upload_.pending();
+    if (socket.readable && !half_closed_ && !blocked &&
+        !client_.received.full()) {
+      const auto n = client_.received.receive(socket);
+      if (n < 0 && !would_block(errno)) { return end(Result::abort); }
+      if (n == 0) {
+        half_closed_ = true;
+        gone_at_ = worker_.after(milliseconds(WARMPROXY_HALF_CLOSE_GRACE));
+      }
+      moved_ = true;
+    } else if (!is_tunnel() &&
+               (socket.broken || worker_.loop.now() >= gone_at_)) {
+      return end(Result::abort);
+    }
+    upload_.frame();
+    if (!upload_.framing.malformed()) { return true; }
+    return responding_ ? end(Result::abort)
+                       : fail(400, "malformed chunk in the body");
+  }
+
+  bool read_from_target() {
+    if (!upstream_->readable || download_.pending() || download_.shut) {
+      return true;
+    }
+    const auto n = received_.receive(*upstream_);
+    if (n < 0 && would_block(errno)) { return true; }
+    moved_ = true;
+    if (n <= 0) { return upstream_ended(n == 0); }
+    if (!responding_ && !read_response_heads()) { return false; }
+    download_.frame();
+    if (!download_.framing.malformed()) { return true; }
+    shared_.log_once("response aborted: malformed chunk in the body");
+    return end(Result::abort);
+  }
+
+  bool upstream_ended(bool orderly) {
+    if (!responding_) { // what has moved is a 1xx
+      return received_.empty() && !download_.moved
+                 ? no_response()
+                 : bad_response("it ended within its head");
+    }
+    // Only these two may end so; anything else is in the middle of its body.
+    if (!orderly || download_.framing.mode() < Framing::Mode::until_close) {
+      return end(Result::abort);
+    }
+    download_.framing.close();
+    return true;
+  }
+
+  // Reads the heads that have arrived: any 1xx, then the final one.
+  bool read_response_heads() {
+    while (!responding_) {
+      const auto bytes = received_.view();
+      const auto size = head_end(bytes);
+      if (!size) {
+        return !received_.full() || bad_response("its head is too large");
+      }
+      const auto refusal = parse_response(std::string(bytes.substr(0, size)),
+                                          request_.method, response_);
+      received_.consume(size);
+      if (refusal) { return bad_response(refusal.reason); }
+      for (const auto &repair : response_.repairs) {
+        shared_.log_once(concat("response repaired: ", repair));
+      }
+      if (response_.switching && !request_.upgrade) {
+        return bad_response("101 without a request for an upgrade");
+      }
+      if (response_.status >= 200 || response_.switching) {
+        begin_response();
+      } else if (request_.minor == 1) { // RFC 9110, section 15.2
+        write_response_head(request_, response_, forwarding(), true, {},
+                            download_.head);
+      }
+    }
+    return true;
+  }
+
+  void begin_response() {
+    responding_ = true;
+    impatient_at_ = Time::max();
+    download_.framing = response_.framing;
+    if (response_.switching) {
+      upload_.framing = download_.framing = Framing(Framing::Mode::tunnel);
+      upload_.frame(); // what the client has already sent
+    }
+    const auto mode = download_.framing.mode();
+    download_.dechunk = mode == Framing::Mode::chunked && request_.minor == 0;
+    until_close_ = download_.dechunk || mode >= Framing::Mode::until_close;
+    // A client that was logged in on its upstream connection must notice that
+    // this connection is no more.
+    const bool lost = client_.authenticated && upstream_->client != &client_;
+    if (authenticates_connection(request_) ||
+        authenticates_connection(response_)) {
+      client_.authenticated = upstream_->authenticated = true;
+    }
+    keep_alive_ = request_.keep_alive && !until_close_ && upload_.finished() &&
+                  !shared_.draining && !lost &&
+                  (upstream_lasts() || !client_.authenticated);
+    endless_ = response_.switching ||
+               starts_with_ignore_case(response_.value("Content-Type"),
+                                       "text/event-stream");
+    if (endless_) { ++shared_.endless; }
+    write_response_head(request_, response_, forwarding(), keep_alive_,
+                        lease_.server_timing(), download_.head);
+  }
+
+  // ---- What becomes of the upstream connection
+
+  // What the target may have left unread, or sent too much, must not become
+  // part of the next exchange.
+  bool upstream_lasts() const {
+    const auto &framing = download_.framing;
+    return response_.keep_alive && !response_.corrected &&
+           !framing.corrected() &&
+           framing.mode() != Framing::Mode::until_close && !request_.upgrade &&
+           (request_.method != "HEAD" || upstream_->authenticated);
+  }
+
+  void give_upstream_back() {
+    if (!upstream_lasts() || !upload_.finished() || upload_.stopped ||
+        !received_.empty() || upstream_->ended || shared_.draining) {
+      return; // it is closed with the exchange
+    }
+    // A body may have been left unread, and who is logged in is the client's
+    // own affair: nobody else gets this connection.
+    if (!request_.framing.done() || upstream_->authenticated) {
+      upstream_->client = &client_;
+    }
+    if (upstream_->client && (shared_.config.behind_front() || !keep_alive_)) {
+      worker_.pool.retire(std::move(upstream_));
+    } else {
+      worker_.pool.release(std::move(upstream_));
+    }
+  }
 
   Worker &worker_;
   Shared &shared_;
-  Task &connection_;
   Client &client_;
   const RequestHead &request_;
-  const bool has_body_;
+  int &sends_left_;
   const bool repeatable_; // the target may get it twice
-  const bool was_authenticated_;
-  const Time page_at_; // when a browser is shown the waiting page
 
-  std::optional<Lease> lease_;
+  Lease lease_;
   std::string target_authority_;
-  std::optional<Attempt> attempt_;
-  int sent_count_ = 0;     // attempts on which something was sent
-  int unanswered_new_ = 0; // of these, on new connections
+  std::unique_ptr<Upstream> upstream_;
+  bool is_new_ = true; // the upstream connection
+  Buffer received_;    // from the target
+  Flow upload_, download_;
+  ResponseHead response_;
+  bool responding_ = false;  // the final response head has arrived
+  bool until_close_ = false; // the client sees the response's end by a close
+  bool endless_ = false;
+  bool keep_alive_ = false;
+
+  bool moved_ = false; // in this round of the pump
+  Result result_ = Result::wait;
   Reply reply_;
-  Time deadline_ = Time::max();
+  // When a browser is shown the waiting page; then act_on_silence().
+  Time impatient_at_ = Time::max();
+  milliseconds patience_{20};  // with a target that is silent
   bool half_closed_ = false;   // the client sends no more,
   Time gone_at_ = Time::max(); // and then counts as gone
-  bool keep_alive_ = false;
-  bool endless_ = false;
 };
-
-inline Exchange::Exchange(Worker &worker, Task &connection, Client &client,
-                          const RequestHead &request)
-    : worker_(worker), shared_(worker.shared), connection_(connection),
-      client_(client), request_(request), has_body_(!request.framing.done()),
-      // RFC 9110, section 9.2.2: only what changes nothing may be sent again.
-      repeatable_(request.is_safe() && !has_body_),
-      was_authenticated_(client.authenticated),
-      page_at_(shared_.config.waiting_page_after.count() && wants_page(request)
-                   ? later(worker.loop.now(), shared_.config.waiting_page_after)
-                   : Time::max()) {}
-
-inline Exchange::~Exchange() {
-  if (endless_) { --shared_.endless; }
-  // A close-delimited response must not look complete: abort with RST.
-  if (attempt_ && attempt_->responding && !attempt_->download.finished() &&
-      (attempt_->download.dechunk ||
-       attempt_->download.framing.mode() >= Framing::Mode::until_close)) {
-    reset_on_close(client_.socket.fd.get());
-  }
-}
-
-inline std::string Exchange::unsent() const {
-  return attempt_ ? attempt_->download.head.substr(attempt_->download.sent)
-                  : std::string();
-}
-
-inline Forwarding Exchange::forwarding() const {
-  return {shared_.config, client_.address, target_authority_,
-          lease_->endpoint().port};
-}
-
-inline Exchange::Result Exchange::respond(int status, std::string_view reason,
-                                          std::string lines) {
-  reply_ = error_reply(request_, status, reason, std::move(lines));
-  return Result::reply;
-}
-
-inline Exchange::Result Exchange::run() {
-  for (;;) {
-    const auto result = attempt_ ? advance() : await_target();
-    if (result == Result::retry) {
-      attempt_.reset();
-      lease_.reset();
-    } else if (result != Result::proceed) {
-      return result;
-    }
-  }
-}
-
-// ---- Exchange: getting a connection to the target
-
-inline Exchange::Result Exchange::await_target() {
-  if (can_read_client() ? !receive_from_client() : client_is_gone()) {
-    return Result::abort;
-  }
-  if (!lease_) { lease_.emplace(); }
-  const auto host =
-      request_.authority.empty() ? request_.value("Host") : request_.authority;
-  Failure failure;
-  switch (shared_.supervisor.acquire(*lease_, host, failure)) {
-  case Supervisor::Access::granted: break;
-  case Supervisor::Access::pending: return not_ready_yet();
-  case Supervisor::Access::failed:
-    reply_ = start_failure_reply(request_, failure.status, failure.reason,
-                                 failure.retry_after);
-    return Result::reply;
-  }
-  // The waiting page's script: it learns that the target is ready.
-  if (request_.method == "GET" && request_.find("Warmproxy-Wait")) {
-    reply_ = Reply{204, lease_->server_timing(), {}, {}};
-    return Result::reply;
-  }
-  return begin_attempt();
-}
-
-inline Exchange::Result Exchange::not_ready_yet() {
-  if (worker_.loop.now() >= page_at_) {
-    reply_ = waiting_page(request_, lease_->waited());
-    return Result::reply;
-  }
-  deadline_ = std::min(page_at_, gone_at_);
-  return Result::wait;
-}
-
-inline Exchange::Result Exchange::begin_attempt() {
-  auto &attempt = attempt_.emplace(worker_, client_);
-  if (sent_count_ == 0) { // what has met a stale connection gets a new one
-    attempt.upstream = worker_.pool.take(&client_, lease_->generation(),
-                                         repeatable_, connection_);
-  }
-  attempt.is_new = !attempt.upstream;
-  if (attempt.is_new && !dial_target()) { return connect_failed(errno); }
-  attempt.upload.sink = attempt.upstream.get();
-  target_authority_ = lease_->endpoint().text();
-  write_request_head(request_, forwarding(), attempt.upload.head);
-  attempt.upload.framing = request_.framing;
-  attempt.upload.frame();
-  return Result::proceed;
-}
-
-// Leaves errno behind if it returns false.
-inline bool Exchange::dial_target() {
-  auto &attempt = *attempt_;
-  auto fd = dial(lease_->endpoint());
-  if (!fd) { return false; }
-  attempt.upstream =
-      worker_.pool.open(std::move(fd), lease_->generation(), connection_);
-  if (!attempt.upstream) { return false; }
-#ifndef __linux__ // there, a loopback connect is done by now, if there is room
-  attempt.upstream->writable = false;
-#endif
-  attempt.upload.sink = attempt.upstream.get();
-  attempt.stalled_at = later(worker_.loop.now(), attempt.redial);
-  return true;
-}
-
-inline Exchange::Result Exchange::connect_failed(int error) {
-  if (error == ECONNREFUSED || error == ETIMEDOUT) { return no_response(); }
-  // We lack something: descriptors, ports or memory. Idle connections hold
-  // some.
-  shared_.close_idle_upstreams();
-  return respond(503,
-                 concat("cannot connect to the target: ", error_text(error)),
-                 "Retry-After: 1\r\n");
-}
-
-// The upstream connection ended before a response. Only a request that changes
-// nothing is sent again (RFC 9110, section 9.2.2), and once at most on a new
-// connection; an idle one that has gone stale says nothing about the target.
-inline Exchange::Result Exchange::no_response() {
-  const auto &attempt = *attempt_;
-  const bool sent = attempt.upload.moved;
-  if (sent) {
-    ++sent_count_;
-    unanswered_new_ += attempt.is_new;
-  }
-  if ((sent && !repeatable_) || sent_count_ == WARMPROXY_MAX_ATTEMPTS ||
-      unanswered_new_ == 2) {
-    return respond(502, "the target closed the connection without a response");
-  }
-  if (attempt.is_new) { shared_.supervisor.suspect(*lease_); }
-  return Result::retry;
-}
-
-inline Exchange::Result Exchange::bad_response(std::string_view reason) {
-  shared_.log_once(concat("response refused: ", reason));
-  return respond(502, concat("the target's response is malformed: ", reason));
-}
-
-// ---- Exchange: moving bytes
-
-inline Exchange::Result Exchange::advance() {
-  auto result = act_on_silence();
-  if (result == Result::proceed) { result = pump(); }
-  auto &attempt = *attempt_;
-  if (attempt.responding) {
-    attempt.stalled_at = Time::max();
-  } else if (attempt.is_new && attempt.upload.moved && !attempt.connected) {
-    attempt.connected = true;
-    attempt.stalled_at =
-        later(worker_.loop.now(), milliseconds(WARMPROXY_STALL_TIMEOUT));
-  }
-  deadline_ = std::min(attempt.stalled_at, gone_at_);
-  if (result == Result::done) { give_upstream_back(); }
-  return result;
-}
-
-// A connect that takes longer than `redial` has met a full backlog, and the
-// kernel would try again after 1, 3 and 7 s. Dialing again gets in as soon as
-// there is room, which 200 first requests at once need. It goes on for as long
-// as the client waits: a busy target is not a dead one.
-inline Exchange::Result Exchange::act_on_silence() {
-  auto &attempt = *attempt_;
-  if (worker_.loop.now() < attempt.stalled_at) { return Result::proceed; }
-  attempt.stalled_at = Time::max();
-  if (attempt.connected || attempt.redial.count() > WARMPROXY_STALL_TIMEOUT) {
-    // A server of one connection at a time may be blocked on an idle one.
-    shared_.close_idle_upstreams();
-  }
-  if (attempt.connected || attempt.upstream->writable) {
-    return Result::proceed;
-  }
-  worker_.pool.close(std::move(attempt.upstream));
-  attempt.redial = std::min<milliseconds>(attempt.redial * 2, seconds(1));
-  return dial_target() ? Result::proceed : connect_failed(errno);
-}
-
-// Moves bytes in both directions at once, each until its framing is done.
-inline Exchange::Result Exchange::pump() {
-  for (int i = 0; i < WARMPROXY_OPERATIONS_PER_TURN; ++i) {
-    bool moved = false;
-    auto result = write_both();
-    if (result == Result::proceed && is_tunnel()) { result = advance_tunnel(); }
-    if (result == Result::proceed && response_sent()) { result = Result::done; }
-    if (result == Result::proceed) { result = read_from_client(moved); }
-    if (result == Result::proceed) { result = read_from_target(moved); }
-    if (result != Result::proceed) { return result; }
-    if (!moved && !attempt_->upload.can_write() &&
-        !attempt_->download.can_write()) {
-      return Result::wait;
-    }
-  }
-  return Result::yield;
-}
-
-inline Exchange::Result Exchange::write_both() {
-  auto &upload = attempt_->upload;
-  auto &download = attempt_->download;
-  if (upload.can_write() && !upload.write()) {
-    upload.stopped = true; // yet the target may have responded before it closed
-    if (!upload.moved) { return no_response(); }
-  }
-  if (download.can_write() && !download.write()) { return Result::abort; }
-  return Result::proceed;
-}
-
-inline bool Exchange::response_sent() const {
-  return attempt_->responding && !is_tunnel() && attempt_->download.finished();
-}
-
-// Either side of a tunnel may close while the other still sends.
-inline Exchange::Result Exchange::advance_tunnel() {
-  auto &upload = attempt_->upload;
-  auto &download = attempt_->download;
-  // Both directions are closed, and not by us: the connection was reset.
-  if (upload.stopped || (client_.socket.broken && !download.shut)) {
-    return Result::abort;
-  }
-  if (half_closed_) { upload.framing.close(); }
-  gone_at_ = Time::max();
-  for (auto *flow : {&upload, &download}) {
-    // Only once: every shutdown() triggers an event for the socket itself.
-    if (flow->finished() && !std::exchange(flow->shut, true)) {
-      ::shutdown(flow->sink->fd.get(), SHUT_WR);
-    }
-  }
-  return upload.finished() && download.finished() ? Result::done
-                                                  : Result::proceed;
-}
-
-inline bool Exchange::can_read_client() const {
-  return client_.socket.readable && !half_closed_ && !client_.received.full();
-}
-
-inline bool Exchange::client_is_gone() const {
-  return client_.socket.broken || worker_.loop.now() >= gone_at_;
-}
-
-// Reads more of the body, the next request, or the end. False if the client is
-// gone.
-inline bool Exchange::receive_from_client() {
-  const auto n = client_.received.receive(client_.socket);
-  if (n == 0) {
-    half_closed_ = true;
-    gone_at_ =
-        later(worker_.loop.now(), milliseconds(WARMPROXY_HALF_CLOSE_GRACE));
-  }
-  return n >= 0 || would_block(errno);
-}
-
-inline Exchange::Result Exchange::read_from_client(bool &moved) {
-  auto &upload = attempt_->upload;
-  if (upload.pending() || !can_read_client()) {
-    return !is_tunnel() && client_is_gone() ? Result::abort : Result::proceed;
-  }
-  if (!receive_from_client()) { return Result::abort; }
-  moved = true;
-  if (upload.framing.done()) { return Result::proceed; }
-  upload.frame();
-  if (!upload.framing.malformed()) { return Result::proceed; }
-  return attempt_->responding ? Result::abort
-                              : respond(400, "malformed chunk in the body");
-}
-
-inline Exchange::Result Exchange::read_from_target(bool &moved) {
-  auto &attempt = *attempt_;
-  auto &target = *attempt.upstream;
-  if (!target.readable || attempt.download.pending() ||
-      (attempt.responding && attempt.download.framing.done())) {
-    return Result::proceed;
-  }
-  const auto n = attempt.received.receive(target);
-  if (n < 0 && would_block(errno)) { return Result::proceed; }
-  moved |= n >= 0;
-  if (n <= 0) { return upstream_ended(n == 0); }
-  return attempt.responding ? frame_response() : read_response_head();
-}
-
-inline Exchange::Result Exchange::upstream_ended(bool orderly) {
-  auto &attempt = *attempt_;
-  if (!attempt.responding) {
-    return attempt.received.empty() && !attempt.interim_sent
-               ? no_response()
-               : bad_response("it ended within its head");
-  }
-  // Only these two may end so; anything else is in the middle of its body.
-  auto &framing = attempt.download.framing;
-  if (!orderly || framing.mode() < Framing::Mode::until_close) {
-    return Result::abort;
-  }
-  framing.close();
-  return Result::proceed;
-}
-
-inline Exchange::Result Exchange::frame_response() {
-  attempt_->download.frame();
-  if (!attempt_->download.framing.malformed()) { return Result::proceed; }
-  shared_.log_once("response aborted: malformed chunk in the body");
-  return Result::abort;
-}
-
-// Reads the heads that have arrived: any 1xx, then the final one.
-inline Exchange::Result Exchange::read_response_head() {
-  auto &attempt = *attempt_;
-  auto &response = attempt.response;
-  while (!attempt.responding) {
-    const auto bytes = attempt.received.view();
-    const auto end = head_end(bytes);
-    if (!end) {
-      return attempt.received.full() ? bad_response("its head is too large")
-                                     : Result::proceed;
-    }
-    const auto refusal = parse_response(std::string(bytes.substr(0, end)),
-                                        request_.method, response);
-    attempt.received.consume(end);
-    if (refusal) { return bad_response(refusal.reason); }
-    for (const auto &repair : response.repairs) {
-      shared_.log_once(concat("response repaired: ", repair));
-    }
-    if (response.switching && !request_.upgrade) {
-      return bad_response("101 without a request for an upgrade");
-    }
-    if (response.status >= 200 || response.switching) {
-      begin_response();
-    } else if (request_.minor == 1) { // RFC 9110, section 15.2
-      write_response_head(request_, response, forwarding(), true, {},
-                          attempt.download.head);
-      attempt.interim_sent = true;
-    }
-  }
-  return frame_response();
-}
-
-inline void Exchange::begin_response() {
-  auto &attempt = *attempt_;
-  auto &response = attempt.response;
-  auto &download = attempt.download;
-  attempt.responding = true;
-  download.framing = response.framing;
-  if (response.switching) {
-    download.framing = Framing(Framing::Mode::tunnel);
-    attempt.upload.framing = download.framing;
-    attempt.upload.frame(); // what the client has already sent
-  }
-  download.dechunk =
-      download.framing.mode() == Framing::Mode::chunked && request_.minor == 0;
-  if (authenticates_connection(request_) ||
-      authenticates_connection(response)) {
-    client_.authenticated = attempt.upstream->authenticated = true;
-  }
-  keep_alive_ = request_.keep_alive && !download.dechunk &&
-                download.framing.mode() < Framing::Mode::until_close &&
-                attempt.upload.finished() && !shared_.draining &&
-                !loses_authentication();
-  endless_ = response.switching ||
-             starts_with_ignore_case(response.value("Content-Type"),
-                                     "text/event-stream");
-  if (endless_) { ++shared_.endless; }
-  write_response_head(request_, response, forwarding(), keep_alive_,
-                      lease_->server_timing(), download.head);
-}
-
-// ---- Exchange: what becomes of the upstream connection
-
-// What the target may have left unread, or sent too much, must not become part
-// of the next exchange.
-inline bool Exchange::upstream_lasts() const {
-  const auto &response = attempt_->response;
-  const auto &framing = attempt_->download.framing;
-  return response.keep_alive && !response.corrected && !response.switching &&
-         !framing.corrected() && framing.mode() != Framing::Mode::until_close &&
-         !request_.upgrade &&
-         (request_.method != "HEAD" || attempt_->upstream->authenticated);
-}
-
-// A client that was logged in on its upstream connection must notice that this
-// connection is no more.
-inline bool Exchange::loses_authentication() const {
-  return (was_authenticated_ && attempt_->upstream->client != &client_) ||
-         (client_.authenticated && !upstream_lasts());
-}
-
-inline void Exchange::give_upstream_back() {
-  auto &attempt = *attempt_;
-  auto &upstream = attempt.upstream;
-  if (!upstream_lasts() || !attempt.upload.finished() ||
-      attempt.upload.stopped || !attempt.received.empty() || upstream->ended ||
-      shared_.draining) {
-    return; // it is closed with the attempt
-  }
-  // A body may have been left unread, and who is logged in is the client's own
-  // affair: nobody else gets this connection.
-  if (has_body_ || upstream->authenticated) { upstream->client = &client_; }
-  if (upstream->client && (shared_.config.behind_front() || !keep_alive_)) {
-    worker_.pool.retire(std::move(upstream));
-  } else {
-    worker_.pool.release(std::move(upstream));
-  }
-}
 
 // ---- Connection: one client, one request after the other --------------------
 
-// Tells the platform, once, that a request has ended. One that was refused has
-// an end as well, so the identifiers are looked for in whatever has arrived.
-class Invocation {
-public:
-  Invocation(Vercel *vercel, std::string_view head) : vercel_(vercel) {
-    if (!vercel_) { return; }
-    id_ = line_value(head, "x-vercel-internal-invocation-id");
-    request_id_ = line_value(head, "x-vercel-internal-request-id");
+// A request, from its complete head to the end of its response.
+struct Request {
+  // One that is refused is an invocation as well, so its identifiers are looked
+  // for in whatever has arrived.
+  Request(Vercel *v, std::string_view text) : vercel(v) {
+    if (!vercel) { return; }
+    invocation_id = line_value(text, "x-vercel-internal-invocation-id");
+    request_id = line_value(text, "x-vercel-internal-request-id");
   }
-  Invocation(const Invocation &) = delete;
-  Invocation &operator=(const Invocation &) = delete;
-  ~Invocation() { end(); }
-
-  // Counts as running for this much longer than its response.
-  void delay(milliseconds time) { delay_ = time; }
-  void end() {
-    if (vercel_ && !id_.empty()) { vercel_->end(id_, request_id_, delay_); }
-    forget();
+  ~Request() {
+    exchange.reset();
+    end_invocation();
   }
-  void forget() { vercel_ = nullptr; }
 
-private:
-  static std::string line_value(std::string_view head, std::string_view name) {
-    while (!head.empty()) {
-      const auto line = until(head, '\n');
-      head.remove_prefix(std::min(line.size() + 1, head.size()));
-      if (!equals_ignore_case(until(line, ':'), name)) { continue; }
-      auto value = line.substr(std::min(name.size() + 1, line.size()));
-      if (ends_with(value, "\r")) { value.remove_suffix(1); }
-      return std::string(trim(value));
+  static std::string line_value(std::string_view text, std::string_view name) {
+    for (std::string_view line; take_line(text, line) != LineEnd::none;) {
+      if (equals_ignore_case(until(line, ':'), name)) {
+        line.remove_prefix(std::min(name.size() + 1, line.size()));
+        return std::string(trim(line));
+      }
     }
     return {};
   }
 
-  Vercel *vercel_;
-  milliseconds delay_{0};
-  std::string id_, request_id_;
-};
+  // Tells the platform, once.
+  void end_invocation() {
+    if (!invocation_id.empty()) {
+      vercel->end(invocation_id, request_id, background_work);
+    }
+    invocation_id.clear();
+  }
 
-// A request, from its complete head to the end of its response.
-struct Request {
+  Vercel *const vercel;
+  std::string invocation_id, request_id; // empty: nobody is told
+  milliseconds background_work{0};       // of the target, after the response
   RequestHead head;
-  std::optional<Invocation> invocation;
+  int sends_left = WARMPROXY_MAX_ATTEMPTS;
   std::optional<Exchange> exchange;
 };
 
-class Connection : public Task {
+class Connection : public Client {
 public:
-  Connection(Worker &worker, Descriptor socket, const SocketAddress &address,
-             bool over_limit);
-  ~Connection() override;
+  // `over_limit`: the client is only told that there are too many.
+  Connection(Worker &worker, Descriptor fd, const SocketAddress &from,
+             bool over_limit)
+      : Client(worker.loop.buffers), worker_(worker), shared_(worker.shared),
+        over_limit_(over_limit), response_(received, &socket) {
+    socket.fd = std::move(fd);
+    address = from.text();
+    port = from.port();
+  }
+  ~Connection() override {
+    worker_.idle_clients.leave(*this);
+    request_.reset();
+    worker_.pool.close_private(static_cast<Client *>(this));
+    worker_.loop.forget(socket);
+    if (linger_until_) { --shared_.lingering; }
+  }
 
-  Next run() override;
+  Next run() override {
+    if (!socket.owner) { // it was constructed in another thread
+      socket.owner = this;
+      if (!worker_.loop.watch(socket)) { throw std::bad_alloc(); }
+      await_request();
+    }
+    if (shared_.aborting) {
+      if (!loan_) { return Next::close; }
+      // The descriptor is not ours alone: shut down, it ends the loan.
+      if (!socket.broken) { ::shutdown(socket.fd.get(), SHUT_RDWR); }
+    }
+    for (int i = 0; i < WARMPROXY_OPERATIONS_PER_TURN; ++i) {
+      if (const auto next = step()) { return *next; }
+    }
+    return Next::yield;
+  }
   Time deadline() const override { return deadline_; }
-  void resumed() override;
+  // An own route has responded, if it was not the first run.
+  void resumed() override {
+    if (!loan_) { return; }
+    socket.readable = socket.writable = true; // the next call finds out
+    received.append(loan_->received);
+    keep_alive_ = loan_->keep_alive && !shared_.draining;
+    loan_.reset();
+  }
 
 private:
-  // What the connection is doing. `lent`: an own route serves it.
-  enum class Stage {
-    accepted,
-    reading,
-    exchanging,
-    lent,
-    responding,
-    lingering
-  };
-  using Step = std::optional<Next>; // nothing: the stage has changed, go on
+  using Step = std::optional<Next>; // nothing: go on
 
-  Step run_stage();
-  Step begin();
-  void await_request();
-  void skip_empty_lines();
-  Step read_request();
-  void begin_head();
-  Step receive_head();
-  Step begin_request(std::string text);
-  Step route_request();
-  std::optional<Reply> run_pre_routing_handler();
-  Step lend(RouteServer &server);
-  SocketAddress local_address() const;
-  std::string keep_alive_line() const;
-  Step await_return();
-  bool take_back();
-  Step exchange();
-  Step respond(const Reply &reply, std::string before = {});
-  Step refuse(int status, std::string_view reason);
-  Step send_response();
-  Step finish(bool keep_alive);
-  Step linger();
+  Step step() {
+    if (linger_until_) { return linger(); }
+    if (!request_) { return read_request(); }
+    if (loan_) { return Next::wait; }
+    return request_->exchange ? exchange() : send_response();
+  }
 
-  bool is_idle() const { return idle_node_.empty(); }
-  void leave_idle();
+  // ---- Reading a request
+
+  void await_request() {
+    request_.reset();
+    searched_ = 0;
+    const auto timeout =
+        over_limit_ ? seconds(2) : shared_.config.keep_alive_timeout;
+    deadline_ = timeout.count() ? worker_.after(timeout) : Time::max();
+  }
+
+  Step read_request() {
+    while (starts_with(received.view(), "\r\n")) {
+      received.consume(2); // RFC 9112, section 2.2
+    }
+    const auto bytes = received.view();
+    if (bytes.empty()) {
+      if (!over_limit_) { worker_.idle_clients.enter(*this); }
+      if (shared_.draining || asked_to_leave) { deadline_ = Time::min(); }
+    } else if (searched_ == 0) {
+      worker_.idle_clients.leave(*this);
+      deadline_ = worker_.after(milliseconds(WARMPROXY_HEAD_TIMEOUT));
+    }
+    if (const auto size = head_end(bytes, searched_)) {
+      return begin_request(size);
+    }
+    searched_ = bytes.size();
+    const auto refusal = received.full()
+                             ? Refusal{431, "the request head is too large"}
+                             : early_refusal(bytes);
+    if (refusal) { return begin_request(searched_, refusal); }
+    const auto step = receive();
+    return step == Next::close && is_late() && searched_ > 0
+               ? begin_request(searched_,
+                               {408, "the request head took too long"})
+               : step;
+  }
+
+  bool is_late() const { return worker_.loop.now() >= deadline_; }
+
+  // What has arrived is read before any deadline is judged.
+  Step receive() {
+    if (!socket.readable && !is_late()) { return Next::wait; }
+    const auto n = received.receive(socket);
+    if (n > 0) { return {}; }
+    return n < 0 && would_block(errno) && !is_late() ? Next::wait : Next::close;
+  }
+
+  // `refusal`: why the head, of which `size` bytes have arrived, is not parsed.
+  Step begin_request(std::size_t size, Refusal refusal = {}) {
+    worker_.idle_clients.leave(*this);
+    // A copy, since the buffer is filled anew while the response is awaited.
+    std::string text(received.view().substr(0, size));
+    received.consume(size);
+    auto &request = request_.emplace(shared_.vercel, text);
+    if (!refusal) { refusal = parse_request(std::move(text), request.head); }
+    if (!refusal && over_limit_) { refusal = {503, "too many connections"}; }
+    return refusal ? refuse(refusal) : route_request(request);
+  }
+
+  Step refuse(Refusal refusal) {
+    return respond(
+        error_reply(request_->head, refusal.status, refusal.reason,
+                    refusal.status == 503 ? "Retry-After: 1\r\n" : ""));
+  }
+
+  // Who responds, in the order of precedence.
+  Step route_request(Request &request) {
+    const auto &config = shared_.config;
+    const auto &head = request.head;
+    if (shared_.vercel && head.path() == "/_vercel/ping") {
+      request.invocation_id.clear();
+      return respond({200, {}, "text/plain; charset=utf-8", "OK"});
+    }
+    if (head.path() == config.status_path) {
+      auto status = shared_.supervisor.status();
+      status.connections = shared_.connections();
+      return respond(status_reply(head, status));
+    }
+    if (const auto server = shared_.routes.find(head.path())) {
+      return lend(*server);
+    }
+    if (is_preflight(head, config)) { return respond({204, {}, {}, {}}); }
+    if (shared_.pre_routing_handler) {
+      auto seen = routing_request(head, own_forwarding());
+      seen.remote_addr = address;
+      seen.remote_port = port;
+      seen.local_addr = local_address().text();
+      seen.local_port = local_address().port();
+      if (const auto reply = call_pre_routing_handler(
+              shared_.pre_routing_handler, seen, shared_.log)) {
+        return respond(*reply);
+      }
+    }
+    if (ignores_forwarded_https(head, config)) {
+      shared_.log_once("X-Forwarded-Proto: https ignored: the client is not "
+                       "trusted (behind a proxy that ends TLS set "
+                       "WARMPROXY_TRUST_PROXY=1, or redirects may loop)");
+    }
+    if (!head.is_safe()) { request.background_work = config.background_work; }
+    return begin_exchange();
+  }
+
+  // ---- Own routes
+
+  Forwarding own_forwarding() const { return {shared_.config, address, {}, 0}; }
+
+  SocketAddress local_address() const {
+    SocketAddress local;
+    ::getsockname(socket.fd.get(), local.get(), &local.size);
+    return local;
+  }
+
+  // The socket stays watched: what happens to it meanwhile is not looked at.
+  Step lend(RouteServer &server) {
+    const auto &head = request_->head;
+    loan_ = std::make_shared<Loan>();
+    auto &loan = *loan_;
+    loan.fd = socket.fd.get();
+    write_own_request_head(head, own_forwarding(), loan.head);
+    loan.received = received.view();
+    loan.method = head.method;
+    loan.request = head.framing;
+    loan.minor = head.minor;
+    loan.keep_alive = head.keep_alive && !shared_.draining;
+    if (head.minor == 0) {
+      loan.keep_alive_line = "Connection: keep-alive\r\n";
+    }
+    const auto timeout = shared_.config.keep_alive_timeout;
+    if (timeout >= seconds(1)) {
+      append(loan.keep_alive_line,
+             "Keep-Alive: timeout=", decimal(timeout.count() / 1000), "\r\n");
+    }
+    loan.client_address = address;
+    loan.client_port = port;
+    loan.local_address = local_address().text();
+    loan.local_port = local_address().port();
+    deadline_ = Time::max();
+    if (!server.lend(loan_, [this] { worker_.loop.resume(*this); })) {
+      loan_.reset();
+      return refuse({503, "too many requests for own routes"});
+    }
+    received.clear();
+    return {};
+  }
+
+  // ---- An exchange with the target
+
+  Step begin_exchange() {
+    auto &request = *request_;
+    request.exchange.emplace(worker_, *this, request.head, request.sends_left);
+    return {};
+  }
+
+  Step exchange() {
+    auto &exchange = *request_->exchange;
+    const auto result = exchange.run();
+    deadline_ = exchange.deadline();
+    // On the platform an established tunnel counts as the response.
+    if (exchange.tunnel_established()) { request_->end_invocation(); }
+    switch (result) {
+    case Exchange::Result::go_on: return {};
+    case Exchange::Result::wait: return Next::wait;
+    case Exchange::Result::done: return finish(exchange.keep_alive());
+    case Exchange::Result::reply: return respond(exchange.reply());
+    case Exchange::Result::retry: return begin_exchange();
+    case Exchange::Result::abort: break;
+    }
+    return Next::close;
+  }
+
+  // ---- A response of our own
+
+  // Ends the exchange, if there is one.
+  Step respond(const Reply &reply) {
+    const auto &head = request_->head;
+    auto &exchange = request_->exchange;
+    keep_alive_ = head.keep_alive && head.framing.done() && !over_limit_ &&
+                  !shared_.draining;
+    response_.head = exchange ? exchange->unsent() : "";
+    write_reply(reply, head, shared_.config, keep_alive_, response_.head);
+    exchange.reset();
+    deadline_ = worker_.after(milliseconds(WARMPROXY_SEND_TIMEOUT));
+    return {};
+  }
+
+  Step send_response() {
+    if (response_.can_write() && !response_.write()) { return Next::close; }
+    if (!response_.pending()) { return finish(keep_alive_); }
+    return is_late() ? Next::close : Next::wait;
+  }
+
+  Step finish(bool keep_alive) {
+    if (keep_alive) {
+      await_request();
+      return {};
+    }
+    // Closing a socket with unread bytes resets it, and a reset overtakes the
+    // response: so the client may finish first (RFC 9112, section 9.6).
+    request_.reset();
+    ::shutdown(socket.fd.get(), SHUT_WR);
+    ++shared_.lingering;
+    linger_until_ = worker_.after(seconds(30));
+    deadline_ = worker_.after(seconds(2));
+    return {};
+  }
+
+  Step linger() {
+    if (worker_.loop.now() >= *linger_until_) { return Next::close; }
+    received.clear();
+    const auto step = receive();
+    if (!step) { deadline_ = worker_.after(seconds(2)); }
+    return step;
+  }
 
   Worker &worker_;
   Shared &shared_;
-  const bool over_limit_; // the client is only told so
-  Client client_;
-  IdleClients::Node idle_node_;
-  const IdleClients::Node::iterator idle_entry_;
-  Stage stage_ = Stage::accepted;
+  const bool over_limit_;
   Time deadline_{};
   std::size_t searched_ = 0; // bytes without the end of a head
   std::optional<Request> request_;
-  std::shared_ptr<Loan> loan_;
-  bool returned_ = false;   // the loan
-  Flow response_;           // of our own
-  bool keep_alive_ = false; // after it
-  Time linger_until_{};
+  std::shared_ptr<Loan> loan_;       // while an own route serves the connection
+  Flow response_;                    // of our own
+  bool keep_alive_ = false;          // after it, or the own route's
+  std::optional<Time> linger_until_; // the client has closed, too
 };
-
-inline Connection::Connection(Worker &worker, Descriptor socket,
-                              const SocketAddress &address, bool over_limit)
-    : worker_(worker), shared_(worker.shared), over_limit_(over_limit),
-      client_(worker.loop.buffers), idle_node_{{this, Time::max(), false}},
-      idle_entry_(idle_node_.begin()),
-      response_(client_.received, &client_.socket) {
-  client_.socket.fd = std::move(socket);
-  client_.socket.owner = this;
-  client_.address = address.text();
-  client_.port = address.port();
-}
-
-inline Connection::~Connection() {
-  leave_idle();
-  request_.reset();
-  worker_.pool.close_private(&client_);
-  worker_.loop.forget(client_.socket);
-  if (stage_ == Stage::lingering) { --shared_.lingering; }
-}
-
-inline void Connection::leave_idle() {
-  if (is_idle()) { worker_.idle_clients.leave(idle_node_, idle_entry_); }
-}
-
-inline Task::Next Connection::run() {
-  if (shared_.aborting && stage_ != Stage::lent) { return Next::close; }
-  for (;;) {
-    if (const auto next = run_stage()) { return *next; }
-  }
-}
-
-inline Connection::Step Connection::run_stage() {
-  switch (stage_) {
-  case Stage::accepted: return begin();
-  case Stage::reading: return read_request();
-  case Stage::exchanging: return exchange();
-  case Stage::lent: return await_return();
-  case Stage::responding: return send_response();
-  case Stage::lingering: break;
-  }
-  return linger();
-}
-
-// ---- Connection: reading a request
-
-inline Connection::Step Connection::begin() {
-  if (!worker_.loop.watch(client_.socket)) {
-    throw std::system_error(errno, std::generic_category(), "epoll_ctl");
-  }
-  await_request();
-  return {};
-}
-
-// RFC 9112, section 2.2: empty lines before a request are skipped.
-inline void Connection::skip_empty_lines() {
-  while (starts_with(client_.received.view(), "\r\n")) {
-    client_.received.consume(2);
-  }
-}
-
-inline void Connection::await_request() {
-  request_.reset();
-  stage_ = Stage::reading;
-  searched_ = 0;
-  const auto timeout = shared_.config.keep_alive_timeout;
-  deadline_ = over_limit_       ? later(worker_.loop.now(), seconds(2))
-              : timeout.count() ? later(worker_.loop.now(), timeout)
-                                : Time::max();
-  skip_empty_lines();
-  if (client_.received.empty() && !over_limit_) {
-    worker_.idle_clients.enter(idle_node_);
-  }
-}
-
-inline Connection::Step Connection::read_request() {
-  for (int i = 0; i < WARMPROXY_OPERATIONS_PER_TURN; ++i) {
-    auto &received = client_.received;
-    skip_empty_lines();
-    if (!received.empty() && searched_ == 0) { begin_head(); }
-    if (const auto end = head_end(received.view(), searched_)) {
-      // A copy, since the buffer is filled anew while the response is awaited.
-      std::string text(received.view().substr(0, end));
-      received.consume(end);
-      return begin_request(std::move(text));
-    }
-    searched_ = received.view().size();
-    if (received.full()) {
-      return refuse(431, concat("the request head is larger than ",
-                                decimal(WARMPROXY_MAX_HEAD_SIZE), " bytes"));
-    }
-    if (const auto refusal = early_refusal(received.view())) {
-      return refuse(refusal.status, refusal.reason);
-    }
-    if (const auto step = receive_head()) { return step; }
-  }
-  return Next::yield;
-}
-
-// The first bytes of a head have arrived.
-inline void Connection::begin_head() {
-  leave_idle();
-  deadline_ = later(worker_.loop.now(), milliseconds(WARMPROXY_HEAD_TIMEOUT));
-}
-
-// What has arrived is read before any deadline is judged, and before an idle
-// connection is closed for whatever reason.
-inline Connection::Step Connection::receive_head() {
-  auto &received = client_.received;
-  const bool late = worker_.loop.now() >= deadline_;
-  const bool leaving =
-      received.empty() && (shared_.draining || idle_entry_->asked_to_leave);
-  if (!client_.socket.readable && !late && !leaving) { return Next::wait; }
-  const auto n = received.receive(client_.socket);
-  if (n > 0) { return {}; }
-  if (n == 0 || !would_block(errno) || leaving) { return Next::close; }
-  if (!late) { return Next::wait; }
-  return received.empty() ? Next::close
-                          : refuse(408, "the request head took too long");
-}
-
-inline Connection::Step Connection::refuse(int status,
-                                           std::string_view reason) {
-  leave_idle();
-  if (!request_) {
-    request_.emplace();
-    request_->invocation.emplace(shared_.vercel, client_.received.view());
-  }
-  request_->head.keep_alive = false;
-  return respond(error_reply(request_->head, status, reason));
-}
-
-inline Connection::Step Connection::begin_request(std::string text) {
-  leave_idle();
-  auto &request = request_.emplace();
-  request.invocation.emplace(shared_.vercel, text);
-  const auto refusal = parse_request(std::move(text), request.head);
-  if (refusal) { return refuse(refusal.status, refusal.reason); }
-  if (over_limit_) {
-    request.head.keep_alive = false;
-    return respond(error_reply(request.head, 503, "too many connections",
-                               "Retry-After: 1\r\n"));
-  }
-  return route_request();
-}
-
-// Who answers, in the order of precedence.
-inline Connection::Step Connection::route_request() {
-  const auto &config = shared_.config;
-  auto &request = *request_;
-  const auto &head = request.head;
-  if (shared_.vercel && head.path() == "/_vercel/ping") {
-    request.invocation->forget();
-    return respond({200, {}, "text/plain; charset=utf-8", "OK"});
-  }
-  if (!config.status_path.empty() && head.path() == config.status_path) {
-    auto status = shared_.supervisor.status();
-    status.connections = shared_.connections();
-    return respond(status_reply(head, status));
-  }
-  if (const auto server = shared_.routes.find(head.path())) {
-    return lend(*server);
-  }
-  if (is_preflight(head, config)) { return respond({204, {}, {}, {}}); }
-  if (shared_.pre_routing_handler) {
-    if (const auto reply = run_pre_routing_handler()) {
-      return respond(*reply);
-    }
-  }
-  // What has arrived of a body can be known to be malformed before the target
-  // is started for it.
-  auto framing = head.framing;
-  framing.take(client_.received.view());
-  if (framing.malformed()) {
-    return respond(error_reply(head, 400, "malformed chunk in the body"));
-  }
-  if (ignores_forwarded_https(head, config)) {
-    shared_.log_once("X-Forwarded-Proto: https ignored: the client is not "
-                     "trusted (behind a proxy that ends TLS set "
-                     "WARMPROXY_TRUST_PROXY=1, or redirects may loop)");
-  }
-  if (!head.is_safe()) { request.invocation->delay(config.background_work); }
-  request.exchange.emplace(worker_, *this, client_, head);
-  stage_ = Stage::exchanging;
-  return {};
-}
-
-// ---- Connection: own routes and the pre-routing handler
-
-inline SocketAddress Connection::local_address() const {
-  SocketAddress local;
-  ::getsockname(client_.socket.fd.get(), local.get(), &local.size);
-  return local;
-}
-
-inline std::optional<Reply> Connection::run_pre_routing_handler() {
-  const auto local = local_address();
-  auto request = routing_request(
-      request_->head, Forwarding{shared_.config, client_.address, {}, 0});
-  request.remote_addr = client_.address;
-  request.remote_port = client_.port;
-  request.local_addr = local.text();
-  request.local_port = local.port();
-  return call_pre_routing_handler(shared_.pre_routing_handler, request,
-                                  shared_.log);
-}
-
-inline Connection::Step Connection::lend(RouteServer &server) {
-  const auto &head = request_->head;
-  const auto local = local_address();
-  loan_ = std::make_shared<Loan>();
-  auto &loan = *loan_;
-  loan.fd = client_.socket.fd.get();
-  write_own_request_head(
-      head, Forwarding{shared_.config, client_.address, {}, 0}, loan.head);
-  loan.received = client_.received.view();
-  client_.received.clear();
-  loan.method = head.method;
-  loan.request = head.framing;
-  loan.minor = head.minor;
-  loan.keep_alive = head.keep_alive && !shared_.draining;
-  loan.keep_alive_line = keep_alive_line();
-  loan.client_address = client_.address;
-  loan.client_port = client_.port;
-  loan.local_address = local.text();
-  loan.local_port = local.port();
-  worker_.loop.forget(client_.socket);
-  stage_ = Stage::lent;
-  deadline_ = Time::max();
-  if (server.lend(loan_, [this] { worker_.loop.resume(*this); })) { return {}; }
-  take_back();
-  return respond(error_reply(head, 503, "too many requests for own routes",
-                             "Retry-After: 1\r\n"));
-}
-
-inline std::string Connection::keep_alive_line() const {
-  const auto timeout = shared_.config.keep_alive_timeout;
-  return concat(request_->head.minor ? "" : "Connection: keep-alive\r\n",
-                timeout < seconds(1)
-                    ? ""
-                    : concat("Keep-Alive: timeout=",
-                             decimal(timeout.count() / 1000), "\r\n"));
-}
-
-inline void Connection::resumed() { returned_ = loan_ != nullptr; }
-
-inline Connection::Step Connection::await_return() {
-  if (!returned_) {
-    // The descriptor is not ours alone: shut down, it ends the loan.
-    if (shared_.aborting) { ::shutdown(client_.socket.fd.get(), SHUT_RDWR); }
-    return Next::wait;
-  }
-  if (shared_.aborting) { return Next::close; }
-  return finish(take_back() && !shared_.draining);
-}
-
-// Returns whether the connection is good for another request.
-inline bool Connection::take_back() {
-  const auto loan = std::exchange(loan_, nullptr);
-  returned_ = false;
-  client_.socket.readable = false;
-  client_.socket.writable = true;
-  if (!worker_.loop.watch(client_.socket)) {
-    throw std::system_error(errno, std::generic_category(), "epoll_ctl");
-  }
-  client_.received.append(loan->received);
-  return loan->keep_alive;
-}
-
-// ---- Connection: an exchange with the target
-
-inline Connection::Step Connection::exchange() {
-  auto &exchange = *request_->exchange;
-  const auto result = exchange.run();
-  deadline_ = exchange.deadline();
-  // On the platform an established tunnel counts as the response.
-  if (exchange.tunnel_established()) { request_->invocation->end(); }
-  switch (result) {
-  case Exchange::Result::wait: return Next::wait;
-  case Exchange::Result::yield: return Next::yield;
-  case Exchange::Result::done: return finish(exchange.keep_alive());
-  case Exchange::Result::reply: {
-    const auto reply = exchange.take_reply();
-    auto unsent = exchange.unsent();
-    request_->exchange.reset();
-    return respond(reply, std::move(unsent));
-  }
-  default: return Next::close;
-  }
-}
-
-// ---- Connection: a response of our own
-
-// `before`: what must go out first.
-inline Connection::Step Connection::respond(const Reply &reply,
-                                            std::string before) {
-  const auto &head = request_->head;
-  keep_alive_ = head.keep_alive && head.framing.done() && !shared_.draining;
-  response_.head = std::move(before);
-  write_reply(reply, head, shared_.config, keep_alive_, response_.head);
-  stage_ = Stage::responding;
-  deadline_ = later(worker_.loop.now(), milliseconds(WARMPROXY_SEND_TIMEOUT));
-  return {};
-}
-
-inline Connection::Step Connection::send_response() {
-  if (response_.can_write() && !response_.write()) { return Next::close; }
-  if (!response_.pending()) { return finish(keep_alive_); }
-  return worker_.loop.now() >= deadline_ ? Next::close : Next::wait;
-}
-
-inline Connection::Step Connection::finish(bool keep_alive) {
-  if (keep_alive) {
-    await_request();
-    // Pipelined requests of one client must not hold up the others.
-    return client_.received.empty() ? Step() : Next::yield;
-  }
-  // Closing a socket with unread bytes resets it, and a reset overtakes the
-  // response: so the client may finish first (RFC 9112, section 9.6).
-  request_.reset();
-  ::shutdown(client_.socket.fd.get(), SHUT_WR);
-  stage_ = Stage::lingering;
-  ++shared_.lingering;
-  linger_until_ = later(worker_.loop.now(), seconds(30));
-  deadline_ = later(worker_.loop.now(), seconds(2));
-  return {};
-}
-
-inline Connection::Step Connection::linger() {
-  for (int i = 0; i < WARMPROXY_OPERATIONS_PER_TURN; ++i) {
-    const auto now = worker_.loop.now();
-    if (now >= linger_until_) { return Next::close; }
-    if (!client_.socket.readable) {
-      return now >= deadline_ ? Next::close : Next::wait;
-    }
-    client_.received.clear();
-    const auto n = client_.received.receive(client_.socket);
-    if (n == 0 || (n < 0 && !would_block(errno))) { return Next::close; }
-    if (n > 0) { deadline_ = later(now, seconds(2)); }
-  }
-  return Next::yield;
-}
 
 // ---- Server: accepting, draining, the event loops' threads -----------------
 
