@@ -1173,8 +1173,8 @@ inline bool reduce(Head &head, std::string_view name, std::string_view value) {
   const auto is_such = [name](const Field &field) { return field.is(name); };
   auto &fields = head.fields;
   auto from = std::find_if(fields.begin(), fields.end(), is_such);
-  if (from == fields.end() ||
-      (head.count(name) == 1 && equals_ignore_case(from->value, value))) {
+  if (from == fields.end() || (!value.empty() && head.count(name) == 1 &&
+                               equals_ignore_case(from->value, value))) {
     return false;
   }
   if (!value.empty()) { from++->value = value; }
