@@ -1,19 +1,39 @@
-// Whole exchanges, over real sockets: a client, a proxy and a target that it is
-// attached to, where the input has the bytes that one of the two sends. The
-// other one is held to the letter, and both ends are compared with what the
-// reference makes of those bytes.
+// Whole exchanges over real sockets: a client, a proxy, and a target that the
+// proxy is attached to. The input has the bytes that one of client and target
+// sends; the other one behaves well. What arrives at both ends is compared with
+// what the reference makes of the input: no byte may be lost, doubled or
+// attributed to another request, a truncated response must not look complete,
+// nothing may be sent twice that must not be, and no connection to the target
+// may serve whom it must not serve.
 //
-// The input is a text of parts, each ended by RS (0x1E); within a part, US
-// (0x1F) is a pause. The first character says what it is.
+// The input consists of parts, each ended by RS (0x1E); US (0x1F) within a part
+// is a pause, and "{port}" stands for the target's port. The first part begins
+// with a letter:
 //
-//   c<settings> <RS> the client's bytes: the target answers each request that
-//     it gets. Whatever it gets must be the client's requests, as the reference
-//     reads them, and the client must get an answer to each.
-//   t<requests> <RS> an answer <RS> an answer ...: the client sends well-formed
-//     requests, one a character. For each the target sends the next answer, of
-//     which the first character says how it goes on: k(eep), c(lose), r(eset).
-//     The client must see that answer, or an error of ours, or a connection
-//     that ends too soon; and never a byte more.
+//   c<settings> <RS> the client's bytes
+//     The target answers each request that it gets. The requests that arrive
+//     must be those that the reference reads in these bytes, and the client
+//     must get a response to each of them. The settings are the letters
+//       d  the proxy has a prefix, CORS, a cache time and a status path
+//       u  the target grants upgrades
+//       l  the target closes the connection after each response
+//       s  the same, and announces it
+//       e  the target responds as soon as it has the head
+//       f  the client ends with a FIN instead of a reset
+//   t<requests> <RS> a response <RS> a response ...
+//     The client sends these well-formed requests, one for each letter (see
+//     known_requests), and the target sends one response after the other. A
+//     response begins with the letter k(eep), c(lose) or r(eset), which says
+//     what follows it. The client must get that response, an error of the
+//     proxy, or an aborted connection; and never a byte more. `n` among the
+//     letters: the next request comes from a new client.
+//   T<requests> ...
+//     The same through the proxy that has a prefix and so on.
+
+// One loop, so that all connections share one pool. The connection that Stage
+// leaves idle must not be closed.
+#define WARMPROXY_MAX_LOOPS 1
+#define WARMPROXY_UPSTREAM_IDLE_TIMEOUT 1000000000
 
 #include "../../warmproxy.hpp"
 
@@ -34,7 +54,7 @@ using Clock = std::chrono::steady_clock;
 constexpr char part_end = '\x1e';
 constexpr char pause_mark = '\x1f';
 
-// Nothing that happens here takes nearly as long, on whatever machine.
+// Nothing here takes nearly as long, however slow the machine is.
 constexpr std::chrono::seconds patience{8};
 
 std::vector<std::string> split(const std::string &text, char at) {
@@ -57,6 +77,19 @@ std::string joined(const std::vector<std::string> &parts) {
   return all;
 }
 
+std::string replaced(std::string text, const std::string &from,
+                     const std::string &to) {
+  for (auto at = text.find(from); at != std::string::npos;
+       at = text.find(from, at + to.size())) {
+    text.replace(at, from.size(), to);
+  }
+  return text;
+}
+
+bool begins(Bytes text, Bytes with) {
+  return text.substr(0, with.size()) == with;
+}
+
 // ---- sockets ----------------------------------------------------------------
 
 sockaddr_in loopback(int port) {
@@ -67,8 +100,8 @@ sockaddr_in loopback(int port) {
   return address;
 }
 
-// One end of a connection. What it has to send goes out as the other end takes
-// it, a pause being as long as nothing else happens.
+// One end of a connection. It sends as fast as the other end receives; a pause
+// lasts until nothing else happens.
 struct End {
   explicit End(int fd) : fd_(fd) {
     const int on = 1;
@@ -145,24 +178,66 @@ private:
   int fd_;
 };
 
-// ---- what the target does
-// ----------------------------------------------------
+// ---- the target -------------------------------------------------------------
+
+// Whether NTLM or Negotiate is mentioned, which log in a connection.
+bool logs_in(const reference::Head &head) {
+  for (const auto name : {"authorization", "www-authenticate"}) {
+    for (const auto &element : head.list(name)) {
+      const auto scheme = element.substr(0, element.find(' '));
+      if (scheme == "ntlm" || scheme == "negotiate") { return true; }
+    }
+  }
+  return false;
+}
+
+bool has_body(const reference::Head &request) {
+  return request.body.kind == reference::Body::chunked ||
+         (request.body.kind == reference::Body::length &&
+          request.body.size > 0);
+}
+
+struct TargetEnd;
 
 // A request that the target was sent.
 struct Arrived {
+  TargetEnd *end;
   std::string text; // the head's
   reference::Head head;
-  std::string raw_body;
+  std::string raw_body = {};
   bool complete = false;
   bool answered = false;
 };
 
 struct TargetEnd : End {
   using End::End;
+
+  // These two apply the design's "Connections to the target".
+  void note_request(const reference::Head &request, int client) {
+    REQUIRE(!unusable, "a connection to the target must not be reused");
+    REQUIRE(!owner || owner == client,
+            "a connection is private to another client");
+    ++requests;
+    logged_in |= logs_in(request);
+    if (has_body(request) || logged_in) { owner = client; }
+  }
+  // `lasts`: as far as the response itself goes.
+  void note_response(const reference::Head &request,
+                     const reference::Head &response, bool lasts, int client) {
+    logged_in |= logs_in(response);
+    if (logged_in) { owner = client; }
+    unusable =
+        !lasts || request.upgrade() || (request.method == "HEAD" && !logged_in);
+  }
+
   std::size_t read = 0;         // of `received`: whole requests
   Arrived *current = nullptr;   // the one that is coming in
   bool tunnel = false;          // it was upgraded
   std::size_t tunnel_start = 0; // in `received`
+  int requests = 0;
+  int owner = 0; // the only client that may use it; 0: any
+  bool logged_in = false;
+  bool unusable = false; // for another request
 };
 
 // The proxies are made once and live as long as the fuzzer, each with the
@@ -177,14 +252,17 @@ struct Stage {
                 ::listen(listener, 1024) == 0 &&
                 ::getsockname(listener, generic, &size) == 0,
             "no socket");
+    target_port = std::to_string(ntohs(address.sin_port));
     warmproxy::Options options;
     options.binary = "/bin/false";
     options.target_port = ntohs(address.sin_port);
     options.health_path = "";
     options.prewarm = true;
+    options.keep_alive_timeout = std::chrono::seconds(0);
     options.log = [](std::string_view) {};
     if (dressed) {
-      options.strip_prefix = "/app";
+      prefix = "/app";
+      options.strip_prefix = prefix;
       options.cors_origins = {"https://a.example"};
       options.cdn_cache = std::chrono::seconds(60);
       options.status_path = "/status";
@@ -200,29 +278,76 @@ struct Stage {
     }
   }
 
+  int connect() const {
+    const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    auto address = loopback(port);
+    REQUIRE(::connect(fd, reinterpret_cast<sockaddr *>(&address),
+                      sizeof(address)) == 0,
+            "the proxy takes no connection");
+    return fd;
+  }
+
+  // Only a target that leaves an idle connection open for a second gets a
+  // request that must not be repeated on a reused connection. So one stays
+  // idle all the time, which is private to a client of its own.
+  void leave_one_idle() {
+    char byte = 0;
+    if (idle_target &&
+        ::recv(idle_target->fd(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0) {
+      return;
+    }
+    idle_client.reset();
+    idle_target.reset();
+    const auto until = Clock::now() + patience;
+    const auto go_on = [&until](bool moved) {
+      REQUIRE(Clock::now() < until, "no connection stays idle");
+      if (!moved) { ::poll(nullptr, 0, 1); }
+      return true;
+    };
+    while (proxy->status().connections > 0) {
+      go_on(false);
+    }
+    idle_client = std::make_unique<End>(connect());
+    idle_client->send({"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1"
+                       "\r\n\r\n!"});
+    while (!idle_target || idle_target->received.empty() ||
+           idle_target->received.back() != '!') {
+      go_on(idle_client->step(true) ||
+            (idle_target && idle_target->step(true)));
+      if (idle_target && !idle_target->ended) { continue; }
+      const int fd = ::accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
+      if (fd >= 0) { idle_target = std::make_unique<End>(fd); }
+    }
+    idle_target->send({"HTTP/1.1 204 No Content\r\n\r\n"});
+    while (idle_client->received.empty()) {
+      go_on(idle_client->step(true) || idle_target->step(true));
+    }
+    ::poll(nullptr, 0, 1100);
+  }
+
+  // Besides the one that has the idle connection.
+  std::size_t connections() const { return proxy->status().connections - 1; }
+
   int listener = -1;
   int port = 0;
+  std::string target_port;
+  std::string prefix;
   warmproxy::Proxy *proxy = nullptr;
+  std::unique_ptr<End> idle_client, idle_target;
 };
 
-// What moves on one thread: the client, the target, and whoever decides what
-// they do.
+// Runs client and target, on one thread.
 class Play {
 public:
-  explicit Play(Stage &stage) : stage_(stage) {}
+  explicit Play(Stage &s) : stage(s) {}
   virtual ~Play() = default;
 
 protected:
   void connect() {
-    const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    auto address = loopback(stage_.port);
-    REQUIRE(::connect(fd, reinterpret_cast<sockaddr *>(&address),
-                      sizeof(address)) == 0,
-            "the proxy takes no connection");
-    client = std::make_unique<End>(fd);
-    // One that the proxy has not accepted when it is gone would be the next
-    // input's.
-    go_on([this] { return stage_.proxy->status().connections > 0; },
+    client = std::make_unique<End>(stage.connect());
+    // If it ended before the proxy accepts it, the proxy might accept it during
+    // the next input.
+    go_on([this] { return stage.connections() > 0; },
           "the proxy does not accept");
   }
 
@@ -245,35 +370,36 @@ protected:
     }
   }
 
-  // The client leaves; then the proxy has to let go of it all. What it still
-  // sends to the target is read.
+  // The client leaves, and then the proxy has to close the connection. What it
+  // still sends to the target is read.
   void leave(bool with_fin) {
     client->close(with_fin);
     go_on(
         [this] {
-          const auto status = stage_.proxy->status();
-          return status.connections == 0 && status.in_flight == 0;
+          return stage.connections() == 0 &&
+                 stage.proxy->status().in_flight == 0;
         },
-        "the proxy does not let go");
+        "the proxy does not close its connections");
     while (accept()) {}
     for (auto &end : targets) {
       end.step(true);
     }
   }
 
+  Stage &stage;
   std::unique_ptr<End> client;
   std::list<TargetEnd> targets;
 
 private:
   bool accept() {
-    const int fd = ::accept4(stage_.listener, nullptr, nullptr, SOCK_CLOEXEC);
+    const int fd = ::accept4(stage.listener, nullptr, nullptr, SOCK_CLOEXEC);
     if (fd >= 0) { targets.emplace_back(fd); }
     return fd >= 0;
   }
 
   // False if nothing happens for a moment.
   bool wait() {
-    std::vector<pollfd> fds{{stage_.listener, POLLIN, 0}};
+    std::vector<pollfd> fds{{stage.listener, POLLIN, 0}};
     const auto add = [&fds](const End &end) {
       if (!end.open()) { return; }
       const bool sends = !end.to_send.empty() && !end.paused;
@@ -290,12 +416,9 @@ private:
     const timespec moment{0, 300000};
     return ::ppoll(fds.data(), fds.size(), &moment, nullptr) > 0;
   }
-
-  Stage &stage_;
 };
 
-// ---- what a client sees
-// ------------------------------------------------------
+// ---- what the client gets ---------------------------------------------------
 
 struct Answer {
   std::vector<reference::Head> interim;
@@ -304,13 +427,22 @@ struct Answer {
   bool has_head = false;
   bool complete = false; // as far as a client can tell
 
+  // Whether the proxy made it.
   bool ours() const {
-    return has_head &&
-           head.values("cache-control") ==
-               std::vector<std::string>{"no-store"} &&
-           head.values("x-answer").empty();
+    return has_head && head.has_field("date") && !head.has_field("x-answer") &&
+           head.values("cache-control") == std::vector<std::string>{"no-store"};
+  }
+  bool closes() const {
+    return reference::has(head.list("connection"), "close");
   }
 };
+
+bool bare_lf(Bytes text) {
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    if (text[i] == '\n' && (i == 0 || text[i - 1] != '\r')) { return true; }
+  }
+  return false;
+}
 
 // Takes one answer off `bytes`, as the strictest client would.
 Answer take_answer(Bytes &bytes, const reference::Head &request,
@@ -320,7 +452,7 @@ Answer take_answer(Bytes &bytes, const reference::Head &request,
     const auto text = reference::head_of(bytes, false);
     if (text.empty()) { return answer; }
     const auto head = reference::response(text, request.method, false);
-    REQUIRE(head, "the client gets a malformed head");
+    REQUIRE(head && !bare_lf(text), "the client gets a malformed head");
     REQUIRE(head->minor == 1, "the client gets an answer of HTTP/1.0");
     REQUIRE(head->values("transfer-encoding").size() +
                     head->values("content-length").size() <=
@@ -337,8 +469,12 @@ Answer take_answer(Bytes &bytes, const reference::Head &request,
   }
   REQUIRE(request.minor == 1 || answer.head.values("transfer-encoding").empty(),
           "chunks for a client of HTTP/1.0");
-  answer.body = reference::body(answer.head.body, bytes);
-  REQUIRE(answer.body.state != reference::State::wrong,
+  // Control characters in a trailer's value pass, superfluous blanks do not.
+  answer.body = reference::body(answer.head.body, bytes, true);
+  REQUIRE(answer.body.state != reference::State::wrong &&
+              (answer.body.sent_on.empty() ||
+               answer.body.state != reference::State::done ||
+               answer.body.sent_on == bytes.substr(0, answer.body.size)),
           "the client gets malformed chunks");
   bytes.remove_prefix(answer.body.size);
   answer.complete = answer.body.state == reference::State::done ||
@@ -347,131 +483,267 @@ Answer take_answer(Bytes &bytes, const reference::Head &request,
   return answer;
 }
 
-// ---- what we make of a head
-// --------------------------------------------------
+// ---- what becomes of a head -------------------------------------------------
 
-bool ends_here(const reference::Head &head, const std::string &name) {
-  for (const auto known :
-       {"connection", "keep-alive", "proxy-connection", "upgrade", "te"}) {
+bool hop_by_hop(const reference::Head &head, const std::string &name) {
+  for (const auto known : {"connection", "keep-alive", "proxy-connection", "te",
+                           "upgrade", "http2-settings"}) {
     if (name == known) { return true; }
   }
   return reference::has(head.list("connection"), name);
 }
 
-// The framing's lines leave no room for doubt.
-std::string restated(const reference::Line &line) {
-  const auto number = reference::decimal(line.value);
-  return line.raw.substr(0, line.name.size()) + ": " +
-         (number ? std::to_string(*number) : reference::lower(line.value));
+bool framing(const std::string &name) {
+  return name == "content-length" || name == "transfer-encoding";
 }
 
-// What names the client, and what only the platform and we may say; also in the
-// disguise of '_', which a CGI program takes for '-'.
-bool dropped(std::string name) {
+// What only we and the platform may say, also in the disguise of '_', which
+// CGI programs take for '-'.
+bool reserved(std::string name) {
+  if (name == "proxy" || name == "warmproxy-wait") { return true; }
   std::replace(name.begin(), name.end(), '_', '-');
-  const auto begins = [&](const char *with) { return name.find(with) == 0; };
-  return begins("x-forwarded-") || begins("x-vercel-internal-") ||
-         begins("x-vercel-sc-") || name == "forwarded" || name == "x-real-ip" ||
-         name == "proxy" || name == "warmproxy-wait";
+  return begins(name, "x-forwarded-") || name == "forwarded" ||
+         name == "x-real-ip" || begins(name, "x-vercel-internal-") ||
+         begins(name, "x-vercel-sc-");
 }
 
-// The head as the target has to get it, by the design's header rules. An empty
-// Host in the result stands for the target's own address.
-std::vector<std::string> forwarded(const reference::Head &request,
-                                   const std::string &prefix) {
-  auto target = request.target;
-  const auto rest = target.substr(std::min(prefix.size(), target.size()));
-  const bool strip = !prefix.empty() && target.find(prefix) == 0 &&
-                     (rest.empty() || rest[0] == '/' || rest[0] == '?');
-  if (strip) { target = rest; }
-  if (target.empty() && request.method == "OPTIONS" &&
-      !request.authority.empty() && !strip) {
-    target = "*";
-  } else if (target != "*" && target.substr(0, 1) != "/") {
-    target = "/" + target;
-  }
-  std::vector<std::string> lines{request.method + " " + target + " HTTP/1.1"};
-  const bool absolute = !request.authority.empty();
-  const auto hosts = request.values("host");
-  const auto host = absolute        ? request.authority
-                    : hosts.empty() ? ""
-                                    : hosts[0];
-  if (absolute || hosts.empty()) { lines.push_back("Host: " + host); }
-  for (const auto &line : request.lines) {
-    const auto &name = line.name;
-    if (name == "content-length" || name == "transfer-encoding") {
-      lines.push_back(restated(line));
-    } else if ((name == "host" && !absolute) ||
-               (name == "upgrade" && request.upgrade())) {
-      lines.push_back(line.raw);
-    } else if (name != "host" && !dropped(name) &&
-               !(name == "expect" && request.minor == 0) &&
-               !ends_here(request, name)) {
-      lines.push_back(line.raw);
-    }
-  }
-  lines.push_back("X-Forwarded-For: 127.0.0.1");
-  lines.push_back("X-Forwarded-Proto: http");
-  if (!host.empty()) { lines.push_back("X-Forwarded-Host: " + host); }
-  if (strip) { lines.push_back("X-Forwarded-Prefix: " + prefix); }
-  const bool trailers =
-      request.minor == 1 && reference::has(request.list("te"), "trailers");
-  if (trailers) { lines.push_back("TE: trailers"); }
-  if (request.upgrade() || trailers) {
-    lines.push_back(
-        std::string("Connection: ") + (request.upgrade() ? "Upgrade" : "") +
-        (request.upgrade() && trailers ? ", " : "") + (trailers ? "TE" : ""));
-  }
-  return lines;
-}
-
-// The same of an answer.
-std::vector<std::string> passed_on(const reference::Head &answer,
-                                   const reference::Head &request) {
-  std::vector<std::string> lines{"HTTP/1.1 " + answer.reason};
-  const bool bodiless = answer.status < 200 || answer.status == 204;
-  const bool chunked = !answer.values("transfer-encoding").empty();
-  bool has_length = false;
-  for (const auto &line : answer.lines) {
-    const auto &name = line.name;
-    if (name == "transfer-encoding" || name == "content-length") {
-      const bool coding = name == "transfer-encoding";
-      if (!bodiless &&
-          (coding ? request.minor == 1
-                  : !chunked && !std::exchange(has_length, true))) {
-        lines.push_back(restated(line));
-      }
-      continue;
-    }
-    const bool kept =
-        name == "upgrade" && (answer.status == 101 || answer.status == 426);
-    if (!kept && ends_here(answer, name)) { continue; }
-    lines.push_back(line.raw);
-  }
-  return lines;
-}
-
-// Less what we add: it differs with the state of things.
-std::vector<std::string> as_passed_on(const reference::Head &head) {
-  std::vector<std::string> lines{"HTTP/1.1 " + head.reason};
+// The lines that must pass as they are, in their order.
+template <typename Passes>
+std::vector<std::string> lines_that(const reference::Head &head,
+                                    Passes passes) {
+  std::vector<std::string> lines;
   for (const auto &line : head.lines) {
-    if (line.name != "connection" &&
-        line.raw.find("Server-Timing: warmproxy;") != 0) {
-      lines.push_back(line.raw);
-    }
+    if (passes(line.name)) { lines.push_back(line.raw); }
   }
   return lines;
 }
 
-// ---- any bytes from the client
-// -----------------------------------------------
+std::vector<std::uint64_t> lengths(const reference::Head &head) {
+  std::vector<std::uint64_t> all;
+  for (const auto &value : head.values("content-length")) {
+    all.push_back(*reference::decimal(value));
+  }
+  return all;
+}
+
+bool below(const std::string &target, const std::string &prefix) {
+  const auto end = target.substr(std::min(prefix.size(), target.size()), 1);
+  return begins(target, prefix) && (end.empty() || end == "/" || end == "?");
+}
+
+bool strips(const reference::Head &request, const Stage &stage) {
+  return !stage.prefix.empty() && below(request.target, stage.prefix);
+}
+
+// `got`: as it arrives at the target.
+void check_request(const reference::Head &sent, const reference::Head &got,
+                   const Stage &stage) {
+  using Values = std::vector<std::string>;
+  auto target = sent.target;
+  const bool strip = strips(sent, stage);
+  if (strip) { target.erase(0, stage.prefix.size()); }
+  if (target.substr(0, 1) != "/" && target != "*") { target = "/" + target; }
+  REQUIRE(got.method == sent.method, "another method");
+  REQUIRE(got.target == target, "another request target");
+  REQUIRE(got.authority.empty() && got.minor == 1, "another request line");
+  REQUIRE(got.body.kind == sent.body.kind && got.body.size == sent.body.size,
+          "another framing of the request");
+
+  const auto hosts = sent.values("host");
+  const auto host = !sent.authority.empty() ? sent.authority
+                    : !hosts.empty()        ? hosts[0]
+                                            : "127.0.0.1:" + stage.target_port;
+  REQUIRE(got.values("host") == Values{host}, "another Host");
+  const bool no_host = hosts.empty() && sent.authority.empty();
+  REQUIRE(got.values("x-forwarded-host") ==
+              (no_host || host.empty() ? Values() : Values{host}),
+          "another X-Forwarded-Host");
+  REQUIRE(got.values("x-forwarded-for") == Values{"127.0.0.1"} &&
+              got.values("x-forwarded-proto") == Values{"http"},
+          "the client is believed");
+  REQUIRE(got.values("x-forwarded-prefix") ==
+              (strip ? Values{stage.prefix} : Values()),
+          "another X-Forwarded-Prefix");
+
+  Values protocols;
+  for (const auto &protocol : sent.list("upgrade")) {
+    if (sent.upgrade() && protocol != "h2c" && !begins(protocol, "tls/")) {
+      protocols.push_back(protocol);
+    }
+  }
+  REQUIRE(got.list("upgrade") == protocols, "another Upgrade");
+  const bool trailers =
+      sent.minor == 1 && reference::has(sent.list("te"), "trailers");
+  REQUIRE(got.list("te") == (trailers ? Values{"trailers"} : Values()),
+          "another TE");
+  for (const auto &option : got.list("connection")) {
+    REQUIRE((option == "upgrade" && got.upgrade()) ||
+                (option == "te" && trailers),
+            "another Connection");
+  }
+  REQUIRE(got.upgrade() == sent.upgrade(), "another upgrade");
+
+  // WebDAV's Destination loses the prefix like the request target.
+  const auto to = sent.values("destination"),
+             to_got = got.values("destination");
+  if (!reference::has(sent.list("connection"), "destination")) {
+    REQUIRE(to.size() == to_got.size(), "another number of Destinations");
+    for (std::size_t i = 0; i < to.size(); ++i) {
+      bool right = to_got[i] == to[i];
+      for (std::size_t at = 0; strip && at < to[i].size(); ++at) {
+        if (!begins(to[i].substr(at), stage.prefix)) { continue; }
+        auto without = to[i];
+        without.erase(at, stage.prefix.size());
+        if (without.substr(at, 1) != "/") { without.insert(at, "/"); }
+        right |= to_got[i] == without;
+      }
+      REQUIRE(right, "another Destination");
+    }
+  }
+
+  const auto ordinary = [](const std::string &name) {
+    return name != "host" && name != "destination" && !framing(name);
+  };
+  REQUIRE(lines_that(sent,
+                     [&](const std::string &name) {
+                       return ordinary(name) && !reserved(name) &&
+                              !hop_by_hop(sent, name) &&
+                              !(name == "expect" && sent.minor == 0);
+                     }) == lines_that(got,
+                                      [&](const std::string &name) {
+                                        return ordinary(name) &&
+                                               name != "connection" &&
+                                               name != "te" &&
+                                               name != "upgrade" &&
+                                               name != "x-forwarded-for" &&
+                                               name != "x-forwarded-proto" &&
+                                               name != "x-forwarded-host" &&
+                                               name != "x-forwarded-prefix";
+                                      }),
+          "other header lines reach the target");
+}
+
+// What `cdn_cache` and `cors_origins` change.
+bool replaceable(const std::string &name, const Stage &stage) {
+  return !stage.prefix.empty() &&
+         (name == "cache-control" || name == "cdn-cache-control" ||
+          name == "vercel-cdn-cache-control" || name == "vary" ||
+          begins(name, "access-control-allow-"));
+}
+
+// Location and Content-Location.
+void check_location(const std::string &sent, const std::string &got,
+                    const reference::Head &request, const Stage &stage) {
+  const auto mark = sent.find("://");
+  const auto scheme = sent.substr(0, mark == std::string::npos ? 0 : mark);
+  const bool absolute = reference::scheme(scheme);
+  const auto begin = absolute ? mark + 3 : 0;
+  const auto end =
+      absolute ? std::min(sent.find_first_of("/?#", begin), sent.size()) : 0;
+  const auto authority = reference::lower(sent.substr(begin, end - begin));
+  const auto path = sent.substr(end);
+  const auto host = request.values("host")[0];
+  const bool target = authority == "127.0.0.1:" + stage.target_port ||
+                      authority == "localhost:" + stage.target_port ||
+                      authority == "[::1]:" + stage.target_port ||
+                      authority == host + ":" + stage.target_port;
+  const auto prefix = strips(request, stage) ? stage.prefix : "";
+  if (target) {
+    REQUIRE(got == "http://" + host + path ||
+                got == "http://" + host + prefix + path,
+            "a Location at the target's port");
+  } else if (authority == host) {
+    REQUIRE(got == sent || got == scheme + "://" + host + path ||
+                got == scheme + "://" + host + prefix + path,
+            "another Location at our host");
+  } else {
+    REQUIRE(got == sent || (begins(sent, "/") && !begins(sent, "//") &&
+                            got == prefix + path),
+            "another Location");
+  }
+}
+
+// `sent` by the target, after the repair; `got`: as it arrives at the client.
+void check_response(const reference::Head &sent, const reference::Head &got,
+                    const reference::Head &request, const Stage &stage) {
+  REQUIRE(got.reason == sent.reason, "another status");
+  REQUIRE(lengths(got) == lengths(sent), "another length");
+  REQUIRE(
+      got.values("transfer-encoding").size() ==
+          (request.minor == 1 ? sent.values("transfer-encoding").size() : 0),
+      "another transfer coding");
+  const bool upgrade = sent.status == 101 || sent.status == 426;
+  REQUIRE(got.list("upgrade") ==
+              (upgrade ? sent.list("upgrade") : std::vector<std::string>()),
+          "another Upgrade");
+  for (const auto name : {"location", "content-location"}) {
+    const auto to = sent.values(name), to_got = got.values(name);
+    if (reference::has(sent.list("connection"), name)) { continue; }
+    REQUIRE(to.size() == to_got.size(), "another number of Locations");
+    for (std::size_t i = 0; i < to.size(); ++i) {
+      check_location(to[i], to_got[i], request, stage);
+    }
+  }
+
+  const auto ordinary = [&](const std::string &name) {
+    return name != "location" && name != "content-location" &&
+           name != "server-timing" && name != "upgrade" && !framing(name) &&
+           !replaceable(name, stage);
+  };
+  REQUIRE(lines_that(sent,
+                     [&](const std::string &name) {
+                       return ordinary(name) && !hop_by_hop(sent, name);
+                     }) == lines_that(got,
+                                      [&](const std::string &name) {
+                                        return ordinary(name) &&
+                                               name != "connection";
+                                      }),
+          "other header lines reach the client");
+
+  // RFC 9111, section 3.5: what must never be marked as public.
+  if (!reference::has(got.list("cache-control"), "s-maxage=60") ||
+      reference::has(sent.list("cache-control"), "s-maxage=60")) {
+    return;
+  }
+  const auto cache = sent.list("cache-control");
+  const auto vary = sent.list("vary");
+  REQUIRE(!stage.prefix.empty() && !request.has_field("authorization") &&
+              !sent.has_field("set-cookie") &&
+              !reference::has(vary, "cookie") && !reference::has(vary, "*") &&
+              !reference::has(cache, "no-store") &&
+              !reference::has(cache, "private") &&
+              !reference::has(cache, "no-cache"),
+          "a response is marked as public that must not be");
+}
+
+// ---- any bytes from the client ----------------------------------------------
+
+// Whether no request can begin with these bytes: one whose head is incomplete
+// must be refused then, and only then.
+bool hopeless(Bytes bytes) {
+  if (begins(bytes, "\x16\x03")) { return true; } // TLS
+  while (begins(bytes, "\r\n")) {
+    bytes.remove_prefix(2);
+  }
+  const auto end = bytes.find('\n');
+  const bool whole = end != Bytes::npos;
+  auto line = bytes.substr(0, end);
+  if (!line.empty() && line.back() == '\r') {
+    line.remove_suffix(1);
+  } else if (whole) {
+    return true; // a bare LF
+  }
+  const auto method = line.substr(0, line.find(' '));
+  const auto spaces = std::count(line.begin(), line.end(), ' ');
+  return !reference::token_chars(method) || (method.empty() && !line.empty()) ||
+         !reference::clean(line) || line.find('\t') != Bytes::npos ||
+         spaces > 2 || (whole && spaces < 2);
+}
 
 class AnyClient : public Play {
 public:
-  AnyClient(Stage &stage, bool dressed, const std::string &settings,
-            std::string bytes)
-      : Play(stage), dressed_(dressed),
-        pieces_(split(std::move(bytes), pause_mark)),
+  AnyClient(Stage &s, const std::string &settings, std::string bytes)
+      : Play(s), pieces_(split(std::move(bytes), pause_mark)),
         upgrades_(has(settings, 'u')), closes_(has(settings, 'l')),
         says_close_(has(settings, 's')), early_(has(settings, 'e')),
         with_fin_(has(settings, 'f')) {}
@@ -499,6 +771,8 @@ private:
     bool keep_alive = false;
   };
 
+  static constexpr int only_client = 1;
+
   static bool has(const std::string &settings, char c) {
     return settings.find(c) != std::string::npos;
   }
@@ -508,11 +782,14 @@ private:
     const auto all = joined(pieces_);
     Bytes bytes = all;
     for (;;) {
-      while (bytes.substr(0, 2) == "\r\n") {
+      while (begins(bytes, "\r\n")) {
         bytes.remove_prefix(2);
       }
-      const auto text = reference::head_of(bytes, false);
-      if (text.empty()) { break; }
+      const auto text = reference::head_of(bytes, true);
+      if (text.empty()) {
+        ends_badly_ = hopeless(bytes);
+        break;
+      }
       const auto head = reference::request(text);
       if (!head) {
         ends_badly_ = true;
@@ -523,10 +800,8 @@ private:
       Expected request{*head, std::string(bytes.substr(0, body.size)),
                        head->keep_alive()};
       if (answered_here(*head)) {
-        // At once, and then a body that follows cannot be told from the next
-        // request.
-        request.keep_alive &=
-            body.state == reference::State::done && body.size == 0;
+        // At once, so that what follows cannot be told from a body.
+        request.keep_alive &= !has_body(*head);
       } else if (body.state != reference::State::done) {
         ends_badly_ = body.state == reference::State::wrong;
         partial_ = request;
@@ -544,11 +819,11 @@ private:
 
   bool answered_here(const reference::Head &head) const {
     const auto path = head.target.substr(0, head.target.find('?'));
-    return !head.values("warmproxy-wait").empty() ||
-           (dressed_ &&
+    return (head.method == "GET" && head.has_field("warmproxy-wait")) ||
+           (!stage.prefix.empty() &&
             (path == "/status" ||
-             (head.method == "OPTIONS" && !head.values("origin").empty() &&
-              !head.values("access-control-request-method").empty())));
+             (head.method == "OPTIONS" && head.has_field("origin") &&
+              head.has_field("access-control-request-method"))));
   }
 
   bool tunnel_complete() const {
@@ -585,7 +860,8 @@ private:
       if (text.empty()) { return false; }
       const auto head = reference::request(text);
       REQUIRE(head, "the target gets a malformed head");
-      arrived_.push_back({std::string(text), *head, {}, false, false});
+      end.note_request(*head, only_client);
+      arrived_.push_back({&end, std::string(text), *head});
       end.current = &arrived_.back();
     }
     auto &request = *end.current;
@@ -595,8 +871,9 @@ private:
             "the target gets malformed chunks");
     request.raw_body = std::string(rest.substr(0, body.size));
     request.complete = body.state == reference::State::done;
-    if (!request.answered && (request.complete || early_)) {
-      answer(end, request);
+    const bool grants = upgrades_ && request.head.upgrade();
+    if (!request.answered && (request.complete || (early_ && !grants))) {
+      answer(end, request, grants);
     }
     if (!request.complete || !end.open()) { return false; }
     end.read += request.text.size() + body.size;
@@ -605,10 +882,10 @@ private:
     return true;
   }
 
-  void answer(TargetEnd &end, Arrived &request) {
+  void answer(TargetEnd &end, Arrived &request, bool grants) {
     request.answered = true;
     const auto number = "X-Answer: " + std::to_string(arrived_.size()) + "\r\n";
-    if (upgrades_ && request.head.upgrade()) {
+    if (grants) {
       end.tunnel = true;
       end.send({"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n"
                 "Upgrade: x\r\n" +
@@ -617,8 +894,9 @@ private:
       return;
     }
     const bool last = closes_ || says_close_;
-    // So that a FIN goes along with the answer: one that comes later, a
-    // pipelined POST can meet, and then it must fail.
+    end.note_response(request.head, {}, !last, only_client);
+    // The FIN goes along with the response: a pipelined POST may be sent before
+    // a later one has arrived, and then it must fail.
     if (last) { end.cork(); }
     end.send({"HTTP/1.1 200 OK\r\n" + number +
               (says_close_ ? "Connection: close\r\n" : "") +
@@ -629,48 +907,54 @@ private:
   }
 
   void judge() {
-    const std::string prefix = dressed_ ? "/app" : "";
-    const auto same = [&](const Arrived &request, const Expected &expected) {
-      auto lines = reference::lines_of(request.text, false);
-      for (auto &line : lines) {
-        if (line.find("Host: 127.0.0.1:") == 0) { line = "Host: "; }
-      }
-      REQUIRE(lines == forwarded(expected.head, prefix),
-              "the target gets another head");
-      REQUIRE(expected.raw_body.compare(0, request.raw_body.size(),
-                                        request.raw_body) == 0,
-              "the target gets another body");
-    };
     auto next = arrived_.begin();
     Bytes bytes = client->received;
     bool open = true;
+    const TargetEnd *login = nullptr; // where the client was logged in
     for (const auto &expected : requests_) {
       const auto answer = take_answer(bytes, expected.head, *client);
       REQUIRE(answer.complete, "a request without an answer");
-      REQUIRE(answer.ours() == answered_here(expected.head),
-              answer.ours() ? "refused, where the reference accepts"
-                            : "handed over, where we should have answered");
-      open = !reference::has(answer.head.list("connection"), "close");
-      const bool early = early_ && !expected.raw_body.empty();
-      REQUIRE(open == expected.keep_alive || answer.head.status == 101 ||
-                  (early && !open),
-              "closed, where it should stay, or the other way round");
-      if (answer.ours()) { continue; }
+      const bool ours = answered_here(expected.head);
+      REQUIRE(answer.ours() == ours,
+              ours ? "handed over, where we should have answered"
+                   : "answered by us, where it should be handed over");
+      open = !answer.closes();
+      const bool tunnel = answer.head.status == 101;
+      if (ours) {
+        REQUIRE(open == expected.keep_alive, "another keep-alive");
+        if (!open) { break; }
+        continue;
+      }
       REQUIRE(next != arrived_.end() && next->answered,
               "an answer to a request that never arrived");
       REQUIRE(answer.head.values("x-answer") ==
                   std::vector<std::string>{std::to_string(
                       std::distance(arrived_.begin(), next) + 1)},
               "the answer to another request");
-      same(*next, expected);
+      REQUIRE(tunnel == (upgrades_ && expected.head.upgrade()),
+              "another upgrade");
+      // Some responses come before the body, which ends the connection. So does
+      // the loss of a connection on which the client was logged in.
+      const bool early = early_ && has_body(expected.head);
+      if (!login && logs_in(expected.head)) { login = next->end; }
+      const bool lost = login && (next->end != login || says_close_ ||
+                                  expected.head.upgrade());
+      REQUIRE(tunnel || (early && !open) ||
+                  open == (expected.keep_alive && !lost),
+              "another keep-alive");
+      check_request(expected.head, next->head, stage);
+      REQUIRE(begins(expected.raw_body, next->raw_body),
+              "the target gets another body");
       REQUIRE(next->raw_body == expected.raw_body || (early && !open),
-              "not the whole body");
+              "the target gets a part of the body");
       ++next;
       if (!open) { break; }
     }
     if (open && partial_ && next != arrived_.end()) {
       REQUIRE(!next->complete, "a request that was never sent");
-      same(*next, *partial_);
+      check_request(partial_->head, next->head, stage);
+      REQUIRE(begins(partial_->raw_body, next->raw_body),
+              "the target gets another body");
       if (next->answered && !bytes.empty()) {
         const auto answer = take_answer(bytes, partial_->head, *client);
         REQUIRE(answer.complete, "a request without an answer");
@@ -680,24 +964,29 @@ private:
     }
     REQUIRE(next == arrived_.end(), "a request out of nowhere");
 
-    if (tunnel_) {
-      for (const auto &end : targets) {
-        if (!end.tunnel) { continue; }
-        REQUIRE(Bytes(end.received).substr(end.tunnel_start) == *tunnel_,
-                "other bytes in the tunnel");
-      }
+    for (const auto &end : targets) {
+      REQUIRE(!end.tunnel || !tunnel_ ||
+                  Bytes(end.received).substr(end.tunnel_start) == *tunnel_,
+              "other bytes in the tunnel");
     }
-    if (!bytes.empty()) {
-      const auto last = take_answer(bytes, {}, *client);
-      REQUIRE(last.complete && last.ours() && last.head.status >= 400 &&
-                  bytes.empty() && open,
-              "bytes behind the last answer");
-    } else {
-      REQUIRE(!ends_badly_ || !open, "closed without a word");
-    }
+    REQUIRE(!bytes.empty() || !ends_badly_ || !open,
+            "closed without a refusal");
+    if (!bytes.empty()) { judge_refusal(bytes, open); }
   }
 
-  const bool dressed_;
+  void judge_refusal(Bytes bytes, bool open) const {
+    auto head_alone = bytes;
+    const auto refusal = take_answer(bytes, {}, *client);
+    // Where the method could be read, HEAD is answered without a body.
+    reference::Head head_request;
+    head_request.method = "HEAD";
+    take_answer(head_alone, head_request, *client);
+    REQUIRE(refusal.has_head && refusal.ours() && refusal.head.status >= 400 &&
+                refusal.closes() && (bytes.empty() || head_alone.empty()),
+            "bytes behind the last answer");
+    REQUIRE(open && ends_badly_, "refused, where the reference accepts");
+  }
+
   const std::vector<std::string> pieces_;
   const bool upgrades_, closes_, says_close_, early_, with_fin_;
 
@@ -715,82 +1004,106 @@ private:
 // ---- any bytes from the target ----------------------------------------------
 
 struct Known {
-  const char *first, *lines, *body;
+  std::string method, version, lines, body;
 };
 
 const std::map<char, Known> &known_requests() {
   static const std::map<char, Known> all = {
-      {'g', {"GET /g HTTP/1.1", "", ""}},
-      {'h', {"HEAD /h HTTP/1.1", "", ""}},
-      {'d', {"DELETE /d HTTP/1.1", "", ""}},
-      {'p', {"POST /p HTTP/1.1", "Content-Length: 5\r\n", "hello"}},
+      {'g', {"GET", "1.1", "", ""}},
+      {'h', {"HEAD", "1.1", "", ""}},
+      {'o', {"OPTIONS", "1.1", "", ""}},
+      {'t', {"TRACE", "1.1", "", ""}},
+      {'d', {"DELETE", "1.1", "", ""}},
+      {'z', {"GET", "1.1", "Content-Length: 0\r\n", ""}},
+      {'b', {"GET", "1.1", "Content-Length: 2\r\n", "ab"}},
+      {'p', {"POST", "1.1", "Content-Length: 5\r\n", "hello"}},
       {'q',
-       {"PUT /q HTTP/1.1", "Transfer-Encoding: chunked\r\n",
+       {"PUT", "1.1", "Transfer-Encoding: chunked\r\n",
         "5\r\nhello\r\n0\r\n\r\n"}},
-      {'u', {"GET /u HTTP/1.1", "Connection: Upgrade\r\nUpgrade: x\r\n", ""}},
-      {'0', {"GET /0 HTTP/1.0", "", ""}},
-      {'1', {"GET /1 HTTP/1.0", "Connection: keep-alive\r\n", ""}},
-      {'l', {"GET /l HTTP/1.1", "Connection: close\r\n", ""}}};
+      {'a', {"GET", "1.1", "Authorization: NTLM a\r\n", ""}},
+      {'u', {"GET", "1.1", "Connection: Upgrade\r\nUpgrade: x\r\n", ""}},
+      {'2',
+       {"GET", "1.1",
+        "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+        "HTTP2-Settings: a\r\n",
+        ""}},
+      {'0', {"GET", "1.0", "", ""}},
+      {'1', {"GET", "1.0", "Connection: keep-alive\r\n", ""}},
+      {'l', {"GET", "1.1", "Connection: close\r\n", ""}}};
   return all;
 }
 
 class AnyTarget : public Play {
 public:
-  AnyTarget(Stage &stage, const std::string &requests,
+  AnyTarget(Stage &s, const std::string &requests,
             std::vector<std::string> answers)
-      : Play(stage), answers_(std::move(answers)) {
+      : Play(s), answers_(std::move(answers)) {
+    std::size_t count = 0;
     for (const char c : requests) {
-      const auto known = known_requests().find(c);
-      if (known != known_requests().end() && requests_.size() < 6) {
-        requests_.push_back(known->second);
-      }
+      const bool known = known_requests().count(c) > 0;
+      if (c == 'n' || (known && count < 6)) { requests_ += c; }
+      count += known;
     }
   }
 
   void run() {
-    for (std::size_t i = 0; i < requests_.size(); ++i) {
-      const auto &request = requests_[i];
-      if (!client || client->ended) {
-        if (client) { leave(true); }
+    for (const char c : requests_) {
+      if (client && (c == 'n' || client->ended)) { end_client(); }
+      if (c == 'n') { continue; }
+      if (!client) {
         connect();
+        ++client_number_;
         begin_ = 0;
+        login_ = nullptr;
       }
-      const auto text = std::string(request.first) +
-                        "\r\nHost: a\r\nX-Number: " + std::to_string(i) +
-                        "\r\n" + request.lines + "\r\n";
-      head_ = *reference::request(text);
-      current_ = i;
-      whole_ = false;
-      deliveries_.clear();
-      client->send({text + request.body});
-      // What the target still has to say of earlier ones must be there before.
-      go_on([this] { return (whole_ && all_said()) || client->ended; },
-            "the client waits in vain");
-      judge();
-      if (!whole_ || answer_.head.status == 101) {
-        leave(true);
-        client.reset();
-      } else if (reference::has(answer_.head.list("connection"), "close") ||
-                 (head_.minor == 0 &&
-                  !reference::has(answer_.head.list("connection"),
-                                  "keep-alive"))) {
-        go_on([this] { return client->ended; }, "the connection stays open");
-        REQUIRE(client->received.size() == begin_, "bytes behind the answer");
-      }
+      ask(known_requests().at(c), c);
     }
-    if (client) {
-      leave(true);
-      REQUIRE(client->received.size() == begin_, "bytes behind the answer");
-    }
+    if (client) { end_client(); }
   }
 
 private:
   struct Delivery {
-    std::string bytes; // of the answer, all of them
-    char end = 'k';    // what came behind
+    std::string bytes;     // of the response, all of them
+    char end = 'k';        // what came behind
+    TargetEnd *connection; // on which it came
+    bool on_new;           // this was its first request
   };
 
-  bool all_said() const {
+  void end_client() {
+    leave(true);
+    REQUIRE(client->received.size() == begin_, "bytes behind the answer");
+    client.reset();
+  }
+
+  // Sends a request and judges the answer.
+  void ask(const Known &request, char letter) {
+    ++current_;
+    const auto text = request.method + " " + stage.prefix + "/" + letter +
+                      ".css HTTP/" + request.version +
+                      "\r\nHost: a\r\nX-Number: " + std::to_string(current_) +
+                      "\r\n" + request.lines + "\r\n";
+    head_ = *reference::request(text);
+    whole_ = false;
+    deliveries_.clear();
+    client->send({text + request.body});
+    // What the target still has to send must not arrive during the next one.
+    go_on([this] { return (whole_ && all_sent()) || client->ended; },
+          "the client waits in vain");
+    judge();
+    if (!whole_ || answer_.head.status == 101) {
+      begin_ = client->received.size();
+      end_client();
+      return;
+    }
+    if (answer_.closes() ||
+        (head_.minor == 0 &&
+         !reference::has(answer_.head.list("connection"), "keep-alive"))) {
+      go_on([this] { return client->ended; }, "the connection stays open");
+      REQUIRE(client->received.size() == begin_, "bytes behind the answer");
+    }
+  }
+
+  bool all_sent() const {
     return std::all_of(targets.begin(), targets.end(),
                        [](const TargetEnd &end) { return end.sent_all(); });
   }
@@ -829,12 +1142,15 @@ private:
     REQUIRE(head->values("x-number") ==
                 std::vector<std::string>{std::to_string(current_)},
             "the target gets another request");
+    check_request(head_, *head, stage);
+    end.note_request(*head, client_number_);
     deliver(end);
     return true;
   }
 
   void deliver(TargetEnd &end) {
-    Delivery delivery{"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n", 'k'};
+    Delivery delivery{"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n", 'k', &end,
+                      end.requests == 1};
     if (head_.method != "HEAD") { delivery.bytes += "ok"; }
     std::vector<std::string> pieces{delivery.bytes};
     if (next_ < answers_.size()) {
@@ -844,32 +1160,34 @@ private:
       pieces = split(part, pause_mark);
       delivery.bytes = joined(pieces);
       delivery.end = how == 'r' ? 'r' : how == 'c' ? 'c' : 'k';
-      // One that has no end of its own needs one.
-      if (delivery.end == 'k' && !read(delivery).delimited) {
-        delivery.end = 'c';
-      }
     }
+    const auto reading = read(delivery);
+    // A response that has no end of its own needs one.
+    if (delivery.end == 'k' && !reading.delimited) { delivery.end = 'c'; }
+    end.note_response(head_, reading.head.value_or(reference::Head()),
+                      delivery.end == 'k' && reading.lasts, client_number_);
     deliveries_.push_back(delivery);
     closing_[&end] = delivery.end;
     end.send(pieces);
     end.step(false);
   }
 
-  // What the reference makes of an answer.
+  // What the reference makes of a response.
   struct Reading {
     std::vector<reference::Head> interim;
     std::optional<reference::Head> head;
     reference::Decoded body;
-    bool nothing = false; // no byte that the client could have
-    bool delimited =
-        false; // complete, and the end of the connection not needed
+    bool nothing = false;   // no byte that the client could have
+    bool delimited = false; // complete without the end of the connection
     bool complete = false;
+    bool lasts = false; // the connection, as far as we can see
     std::string tunnel;
   };
 
   Reading read(const Delivery &delivery) const {
     Reading reading;
     Bytes bytes = delivery.bytes;
+    bool repaired = false;
     for (;;) {
       const auto text = reference::head_of(bytes, true);
       if (text.empty()) {
@@ -881,6 +1199,7 @@ private:
       if (!head || (head->status == 101 && !head_.upgrade())) {
         return reading;
       }
+      repaired |= needs_repair(text);
       bytes.remove_prefix(text.size());
       if (head->status == 101) {
         reading.head = head;
@@ -894,71 +1213,117 @@ private:
       }
       reading.interim.push_back(*head);
     }
-    reading.body = reference::body(reading.head->body, bytes);
+    reading.body = reference::body(reading.head->body, bytes, true);
     reading.delimited = reading.body.state == reference::State::done;
     reading.complete = reading.delimited || (reading.head->body.kind ==
                                                  reference::Body::until_close &&
                                              delivery.end != 'r');
+    const auto body = bytes.substr(0, reading.body.size);
+    reading.lasts =
+        reading.delimited && reading.head->keep_alive() && !repaired &&
+        bytes.size() == body.size() &&
+        (reading.body.sent_on.empty() || reading.body.sent_on == body);
     return reading;
+  }
+
+  // Whether a strict reader would refuse this head, or doubt its framing.
+  bool needs_repair(Bytes text) const {
+    std::string proper; // a bare LF is no fault
+    for (const char c : text) {
+      if (c == '\n' && (proper.empty() || proper.back() != '\r')) {
+        proper += '\r';
+      }
+      proper += c;
+    }
+    const auto head = reference::response(proper, head_.method, false);
+    if (!head) { return true; }
+    const auto codings = head->values("transfer-encoding");
+    const auto lengths = head->values("content-length");
+    const bool bodiless =
+        head->status < 200 || head->status == 204 || head->status == 304;
+    return codings.size() + lengths.size() > 1 ||
+           (bodiless &&
+            (!codings.empty() ||
+             (!lengths.empty() && reference::decimal(lengths[0]) != 0u)));
   }
 
   void judge() {
     const auto all = Bytes(client->received).substr(begin_);
     begin_ = client->received.size() - rest(all).size();
     REQUIRE(!deliveries_.empty(), "an answer out of nowhere");
-    const bool repeatable = head_.body.kind == reference::Body::none &&
-                            (head_.method == "GET" || head_.method == "HEAD");
-    for (std::size_t i = 0; i + 1 < deliveries_.size(); ++i) {
-      REQUIRE(repeatable, "a request was sent twice");
-      REQUIRE(read(deliveries_[i]).nothing, "an answer was thrown away");
-    }
-    const auto reading = read(deliveries_.back());
+    judge_repetitions();
+    const auto &last = deliveries_.back();
+    const auto reading = read(last);
 
     // Interim answers are passed on, as far as we got.
     const auto expected_interim = head_.minor == 1 ? reading.interim.size() : 0;
     REQUIRE(answer_.interim.size() <= expected_interim,
             "more interim answers than there were");
     for (std::size_t i = 0; i < answer_.interim.size(); ++i) {
-      REQUIRE(as_passed_on(answer_.interim[i]) ==
-                  passed_on(reading.interim[i], head_),
-              "another interim answer");
+      check_response(reading.interim[i], answer_.interim[i], head_, stage);
     }
 
     if (!reading.head) {
-      REQUIRE(!answer_.has_head || answer_.ours(),
-              "an answer that the reference refuses");
-      REQUIRE(answer_.has_head && answer_.head.status == 502,
-              "a bad answer and not a word of ours");
+      REQUIRE(answer_.has_head && answer_.ours() &&
+                  answer_.head.status == 502 && answer_.complete,
+              "no 502 for a response that the reference refuses");
       return;
     }
     if (!answer_.has_head) {
       REQUIRE(!reading.complete, "the answer was not passed on");
       return;
     }
-    if (!reading.complete && answer_.ours() && answer_.head.status == 502) {
-      return; // noticed in time
-    }
     REQUIRE(answer_.interim.size() == expected_interim,
             "an interim answer was lost");
-    REQUIRE(as_passed_on(answer_.head) == passed_on(*reading.head, head_),
-            "another answer");
+    check_response(*reading.head, answer_.head, head_, stage);
+    judge_login(*reading.head, last.connection);
     if (reading.head->status == 101) {
       const auto tunnelled = all.substr(all.size() - rest(all).size());
       REQUIRE(!reading.complete || tunnelled == reading.tunnel,
               "other bytes in the tunnel");
-      REQUIRE(Bytes(reading.tunnel).substr(0, tunnelled.size()) == tunnelled,
-              "other bytes in the tunnel");
-      begin_ = client->received.size();
+      REQUIRE(begins(reading.tunnel, tunnelled), "other bytes in the tunnel");
       return;
     }
     REQUIRE(answer_.complete == reading.complete,
             reading.complete ? "the answer was cut"
                              : "a cut answer looks complete");
     const auto &content = answer_.body.content;
-    REQUIRE(reading.complete
-                ? content == reading.body.content
-                : reading.body.content.compare(0, content.size(), content) == 0,
+    REQUIRE(reading.complete ? content == reading.body.content
+                             : begins(reading.body.content, content),
             "another content");
+    REQUIRE(!reading.complete || head_.minor == 0 ||
+                answer_.body.sent_on == reading.body.sent_on,
+            "other chunks or trailers");
+  }
+
+  // Nothing that may change something is sent twice, nothing is sent more than
+  // three times, or more than twice on a new connection.
+  void judge_repetitions() const {
+    const auto safe = {"GET", "HEAD", "OPTIONS", "TRACE"};
+    const bool repeatable =
+        !has_body(head_) &&
+        std::find(safe.begin(), safe.end(), head_.method) != safe.end();
+    int on_new = 0;
+    for (std::size_t i = 0; i < deliveries_.size(); ++i) {
+      on_new += deliveries_[i].on_new;
+      if (i + 1 == deliveries_.size()) { break; }
+      REQUIRE(repeatable, "a request was sent twice");
+      REQUIRE(read(deliveries_[i]).nothing, "an answer was thrown away");
+    }
+    REQUIRE(deliveries_.size() <= 3 && on_new <= 2,
+            "a request was sent too often");
+    REQUIRE(!repeatable || on_new == 2 || deliveries_.size() == 3 ||
+                !read(deliveries_.back()).nothing,
+            "a request should have been sent again");
+  }
+
+  // Where a connection logged in the client, the next request goes out on it,
+  // or the client's connection ends, too.
+  void judge_login(const reference::Head &response, TargetEnd *connection) {
+    REQUIRE(!login_ || login_ == connection || answer_.closes() ||
+                answer_.head.status == 101 || client->ended,
+            "the client does not notice that it is no longer logged in");
+    if (logs_in(head_) || logs_in(response)) { login_ = connection; }
   }
 
   // What is behind the answer.
@@ -968,12 +1333,14 @@ private:
   }
 
   const std::vector<std::string> answers_;
-  std::vector<Known> requests_;
+  std::string requests_; // letters
 
-  std::size_t next_ = 0;    // of answers_
-  std::size_t current_ = 0; // of requests_
-  std::size_t begin_ = 0;   // of the current answer, in what the client got
-  reference::Head head_;    // of the current request
+  std::size_t next_ = 0;       // of answers_
+  int current_ = 0;            // the request's number
+  int client_number_ = 0;      // of those that have connected
+  std::size_t begin_ = 0;      // of the current answer, in what the client got
+  reference::Head head_;       // of the current request
+  TargetEnd *login_ = nullptr; // where the current client is logged in
   std::vector<Delivery> deliveries_;
   std::map<TargetEnd *, char> closing_;
   Answer answer_;
@@ -987,19 +1354,21 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data,
   static auto &plain = *new Stage(false);
   static auto &dressed = *new Stage(true);
 
-  auto parts =
-      split(std::string(reinterpret_cast<const char *>(data), size), part_end);
-  if (parts.size() < 2 || std::count(data, data + size, pause_mark) > 8) {
-    return 0;
-  }
-  const auto settings = parts[0];
+  const std::string text(reinterpret_cast<const char *>(data), size);
+  if (std::count(text.begin(), text.end(), pause_mark) > 8) { return 0; }
+  const auto settings = text.substr(0, text.find(part_end));
+  const char kind = settings.substr(0, 1)[0];
+  const bool with_options =
+      kind == 'T' || (kind == 'c' && settings.find('d') != std::string::npos);
+  auto &stage = with_options ? dressed : plain;
+  auto parts = split(replaced(text, "{port}", stage.target_port), part_end);
+  if (parts.size() < 2) { return 0; }
   parts.erase(parts.begin());
-  if (settings[0] == 'c') {
-    const bool with_options = settings.find('d') != std::string::npos;
-    AnyClient(with_options ? dressed : plain, with_options, settings, parts[0])
-        .run();
-  } else if (settings[0] == 't') {
-    AnyTarget(plain, settings.substr(1), std::move(parts)).run();
+  stage.leave_one_idle();
+  if (kind == 'c') {
+    AnyClient(stage, settings, parts[0]).run();
+  } else if (kind == 't' || kind == 'T') {
+    AnyTarget(stage, settings.substr(1), std::move(parts)).run();
   }
   return 0;
 }

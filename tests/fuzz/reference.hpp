@@ -141,6 +141,7 @@ struct Head {
     }
     return all;
   }
+  bool has_field(Bytes name) const { return index(name) < lines.size(); }
   bool keep_alive() const {
     const auto options = list("connection");
     return !has(options, "close") && (minor == 1 || has(options, "keep-alive"));
@@ -340,6 +341,14 @@ inline bool authority(Bytes text) {
   return text.find_first_of(" \t,/?#@\\<>\"") == Bytes::npos;
 }
 
+// RFC 3986, section 3.1.
+inline bool scheme(Bytes text) {
+  const auto name = lower(text);
+  return !name.empty() && name[0] >= 'a' && name[0] <= 'z' &&
+         name.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789+-.") ==
+             std::string::npos;
+}
+
 inline std::optional<Head> request(Bytes text) {
   const auto lines = lines_of(text, false);
   if (lines.empty()) { return {}; }
@@ -369,15 +378,11 @@ inline std::optional<Head> request(Bytes text) {
       (head.target == "*" && head.method == "OPTIONS")) {
     return read_framing(true, head) ? std::optional<Head>(head) : std::nullopt;
   }
-  const auto scheme = head.target.find("://");
-  if (scheme == std::string::npos || scheme == 0 ||
-      lower(head.target)
-              .find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789+-.") !=
-          scheme ||
-      std::string("0123456789+-.").find(head.target[0]) != std::string::npos) {
+  const auto mark = head.target.find("://");
+  if (mark == std::string::npos || !scheme(head.target.substr(0, mark))) {
     return {};
   }
-  const auto skip = scheme + 3;
+  const auto skip = mark + 3;
   const auto end =
       std::min(head.target.find_first_of("/?", skip), head.target.size());
   head.authority = head.target.substr(skip, end - skip);
@@ -417,8 +422,10 @@ inline std::optional<Head> response(Bytes text, Bytes method, bool lenient) {
   }
   head.status = static_cast<int>(*code);
   if (head.status < 200 || head.status == 204) {
-    head.remove("transfer-encoding");
-    head.remove("content-length");
+    if (lenient) {
+      head.remove("transfer-encoding");
+      head.remove("content-length");
+    }
     return head;
   }
   if (!(lenient ? read_lenient_framing(head) : read_framing(false, head))) {
@@ -532,10 +539,10 @@ inline Decoded chunked(Bytes bytes, bool forgiving = false) {
 
 // The body that such a head announces. What goes until the end of the
 // connection is never done.
-inline Decoded body(const Body &body, Bytes bytes) {
+inline Decoded body(const Body &body, Bytes bytes, bool forgiving = false) {
   switch (body.kind) {
   case Body::none: return {State::done, 0, {}};
-  case Body::chunked: return chunked(bytes);
+  case Body::chunked: return chunked(bytes, forgiving);
   case Body::length: bytes = bytes.substr(0, body.size); break;
   case Body::until_close: break;
   }
