@@ -279,12 +279,23 @@ struct Stage {
   }
 
   int connect() const {
-    const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    auto address = loopback(port);
-    REQUIRE(::connect(fd, reinterpret_cast<sockaddr *>(&address),
-                      sizeof(address)) == 0,
-            "the proxy takes no connection");
-    return fd;
+    const auto until = Clock::now() + patience;
+    for (;;) {
+      const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+      auto address = loopback(port);
+      if (::connect(fd, reinterpret_cast<sockaddr *>(&address),
+                    sizeof(address)) == 0) {
+        return fd;
+      }
+      // Interrupted by the fuzzer's timer, or no port is free at the moment.
+      const int error = errno;
+      ::close(fd);
+      if ((error != EINTR && error != EADDRNOTAVAIL) || Clock::now() >= until) {
+        std::fprintf(stderr, "connect: %s\n", std::strerror(error));
+        REQUIRE(false, "the proxy takes no connection");
+      }
+      ::poll(nullptr, 0, 10);
+    }
   }
 
   // Only a target that leaves an idle connection open for a second gets a
@@ -383,6 +394,8 @@ protected:
     while (accept()) {}
     for (auto &end : targets) {
       end.step(true);
+      REQUIRE(!end.open() || end.ended || !end.owner,
+              "a private connection outlives its client");
     }
   }
 
@@ -1070,7 +1083,7 @@ private:
   };
 
   void end_client() {
-    leave(true);
+    leave(answer_.head.status == 101);
     REQUIRE(client->received.size() == begin_, "bytes behind the answer");
     client.reset();
   }
