@@ -15,6 +15,7 @@
 //     must be those that the reference reads in these bytes, and the client
 //     must get a response to each of them. The settings are the letters
 //       d  the proxy has a prefix, CORS, a cache time and a status path
+//       p  the proxy trusts a proxy in front of it
 //       u  the target grants upgrades
 //       l  the target closes the connection after each response
 //       s  the same, and announces it
@@ -29,6 +30,8 @@
 //     letters: the next request comes from a new client.
 //   T<requests> ...
 //     The same through the proxy that has a prefix and so on.
+//   F<requests> ...
+//     The same through the proxy that trusts a proxy in front of it.
 
 // One loop, so that all connections share one pool. The connection that Stage
 // leaves idle must not be closed.
@@ -210,10 +213,12 @@ struct Arrived {
 };
 
 struct TargetEnd : End {
-  using End::End;
+  TargetEnd(int fd, bool front) : End(fd), behind_front(front) {}
 
   // These two apply the design's "Connections to the target".
   void note_request(const reference::Head &request, int client) {
+    REQUIRE(!owner || !behind_front,
+            "a connection is used again behind a front");
     REQUIRE(!unusable, "a connection to the target must not be reused");
     REQUIRE(!owner || owner == client,
             "a connection is private to another client");
@@ -230,6 +235,7 @@ struct TargetEnd : End {
         !lasts || request.upgrade() || (request.method == "HEAD" && !logged_in);
   }
 
+  const bool behind_front;      // where many clients share a connection
   std::size_t read = 0;         // of `received`: whole requests
   Arrived *current = nullptr;   // the one that is coming in
   bool tunnel = false;          // it was upgraded
@@ -243,7 +249,9 @@ struct TargetEnd : End {
 // The proxies are made once and live as long as the fuzzer, each with the
 // listening socket of the target that it is attached to.
 struct Stage {
-  explicit Stage(bool dressed) {
+  enum class Kind { plain, dressed, trusting };
+
+  explicit Stage(Kind kind) : trusts(kind == Kind::trusting) {
     listener = ::socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
     auto address = loopback(0);
     socklen_t size = sizeof(address);
@@ -260,7 +268,8 @@ struct Stage {
     options.prewarm = true;
     options.keep_alive_timeout = std::chrono::seconds(0);
     options.log = [](std::string_view) {};
-    if (dressed) {
+    options.trust_proxy = trusts;
+    if (kind == Kind::dressed) {
       prefix = "/app";
       options.strip_prefix = prefix;
       options.cors_origins = {"https://a.example"};
@@ -343,6 +352,7 @@ struct Stage {
   int port = 0;
   std::string target_port;
   std::string prefix;
+  const bool trusts;
   warmproxy::Proxy *proxy = nullptr;
   std::unique_ptr<End> idle_client, idle_target;
 };
@@ -406,7 +416,7 @@ protected:
 private:
   bool accept() {
     const int fd = ::accept4(stage.listener, nullptr, nullptr, SOCK_CLOEXEC);
-    if (fd >= 0) { targets.emplace_back(fd); }
+    if (fd >= 0) { targets.emplace_back(fd, stage.trusts); }
     return fd >= 0;
   }
 
@@ -510,14 +520,20 @@ bool framing(const std::string &name) {
   return name == "content-length" || name == "transfer-encoding";
 }
 
-// What only we and the platform may say, also in the disguise of '_', which
-// CGI programs take for '-'.
-bool reserved(std::string name) {
-  if (name == "proxy" || name == "warmproxy-wait") { return true; }
-  std::replace(name.begin(), name.end(), '_', '-');
+// What names the client.
+bool forwarding(const std::string &name) {
   return begins(name, "x-forwarded-") || name == "forwarded" ||
-         name == "x-real-ip" || begins(name, "x-vercel-internal-") ||
-         begins(name, "x-vercel-sc-");
+         name == "x-real-ip";
+}
+
+// What never reaches the target: what only the platform may say, and both kinds
+// in the disguise of '_', which CGI programs take for '-'.
+bool reserved(const std::string &name) {
+  auto plain = name;
+  std::replace(plain.begin(), plain.end(), '_', '-');
+  return name == "proxy" || name == "warmproxy-wait" ||
+         begins(plain, "x-vercel-internal-") || begins(plain, "x-vercel-sc-") ||
+         (plain != name && forwarding(plain));
 }
 
 // The lines that must pass as they are, in their order.
@@ -548,36 +564,46 @@ bool strips(const reference::Head &request, const Stage &stage) {
   return !stage.prefix.empty() && below(request.target, stage.prefix);
 }
 
-// `got`: as it arrives at the target.
-void check_request(const reference::Head &sent, const reference::Head &got,
-                   const Stage &stage) {
-  using Values = std::vector<std::string>;
-  auto target = sent.target;
-  const bool strip = strips(sent, stage);
-  if (strip) { target.erase(0, stage.prefix.size()); }
-  if (target.substr(0, 1) != "/" && target != "*") { target = "/" + target; }
-  REQUIRE(got.method == sent.method, "another method");
-  REQUIRE(got.target == target, "another request target");
-  REQUIRE(got.authority.empty() && got.minor == 1, "another request line");
-  REQUIRE(got.body.kind == sent.body.kind && got.body.size == sent.body.size,
-          "another framing of the request");
+using Values = std::vector<std::string>;
 
+void check_host(const reference::Head &sent, const reference::Head &got,
+                const Stage &stage) {
   const auto hosts = sent.values("host");
+  const bool none = hosts.empty() && sent.authority.empty();
   const auto host = !sent.authority.empty() ? sent.authority
-                    : !hosts.empty()        ? hosts[0]
-                                            : "127.0.0.1:" + stage.target_port;
+                    : none                  ? "127.0.0.1:" + stage.target_port
+                                            : hosts[0];
   REQUIRE(got.values("host") == Values{host}, "another Host");
-  const bool no_host = hosts.empty() && sent.authority.empty();
-  REQUIRE(got.values("x-forwarded-host") ==
-              (no_host || host.empty() ? Values() : Values{host}),
-          "another X-Forwarded-Host");
-  REQUIRE(got.values("x-forwarded-for") == Values{"127.0.0.1"} &&
-              got.values("x-forwarded-proto") == Values{"http"},
-          "the client is believed");
-  REQUIRE(got.values("x-forwarded-prefix") ==
-              (strip ? Values{stage.prefix} : Values()),
-          "another X-Forwarded-Prefix");
 
+  const auto &prefix = stage.prefix;
+  const bool strip = strips(sent, stage);
+  auto own_host = none || host.empty() ? Values() : Values{host};
+  auto own_prefix = strip ? Values{prefix} : Values();
+  Values own_proto{"http"};
+  std::string addresses;
+  if (stage.trusts) {
+    const auto given = [&](const char *name, Values &ours) {
+      if (sent.has_field(name)) { ours = sent.values(name); }
+    };
+    if (sent.has_field("forwarded")) { own_proto.clear(); }
+    given("x-forwarded-host", own_host);
+    given("x-forwarded-proto", own_proto);
+    given("x-forwarded-prefix", own_prefix);
+    for (const auto &value : sent.values("x-forwarded-for")) {
+      if (!value.empty()) { addresses += value + ", "; }
+    }
+  }
+  REQUIRE(got.values("x-forwarded-for") == Values{addresses + "127.0.0.1"},
+          "another X-Forwarded-For");
+  REQUIRE(got.values("x-forwarded-proto") == own_proto,
+          "another X-Forwarded-Proto");
+  REQUIRE(got.values("x-forwarded-host") == own_host,
+          "another X-Forwarded-Host");
+  REQUIRE(got.values("x-forwarded-prefix") == own_prefix,
+          "another X-Forwarded-Prefix");
+}
+
+void check_connection(const reference::Head &sent, const reference::Head &got) {
   Values protocols;
   for (const auto &protocol : sent.list("upgrade")) {
     if (sent.upgrade() && protocol != "h2c" && !begins(protocol, "tls/")) {
@@ -595,44 +621,59 @@ void check_request(const reference::Head &sent, const reference::Head &got,
             "another Connection");
   }
   REQUIRE(got.upgrade() == sent.upgrade(), "another upgrade");
+}
 
-  // WebDAV's Destination loses the prefix like the request target.
-  const auto to = sent.values("destination"),
-             to_got = got.values("destination");
-  if (!reference::has(sent.list("connection"), "destination")) {
-    REQUIRE(to.size() == to_got.size(), "another number of Destinations");
-    for (std::size_t i = 0; i < to.size(); ++i) {
-      bool right = to_got[i] == to[i];
-      for (std::size_t at = 0; strip && at < to[i].size(); ++at) {
-        if (!begins(to[i].substr(at), stage.prefix)) { continue; }
-        auto without = to[i];
-        without.erase(at, stage.prefix.size());
-        if (without.substr(at, 1) != "/") { without.insert(at, "/"); }
-        right |= to_got[i] == without;
-      }
-      REQUIRE(right, "another Destination");
+// WebDAV's Destination may lose the prefix, like the request target.
+void check_destinations(const reference::Head &sent, const reference::Head &got,
+                        const Stage &stage) {
+  const auto &prefix = stage.prefix;
+  const auto to_got = got.values("destination");
+  auto to = sent.values("destination");
+  if (hop_by_hop(sent, "destination")) { to.clear(); }
+  REQUIRE(to.size() == to_got.size(), "another number of Destinations");
+  for (std::size_t i = 0; i < to.size(); ++i) {
+    bool right = to_got[i] == to[i];
+    for (std::size_t at = 0; strips(sent, stage) && at < to[i].size(); ++at) {
+      if (!begins(to[i].substr(at), prefix)) { continue; }
+      auto without = to[i];
+      without.erase(at, prefix.size());
+      if (without.substr(at, 1) != "/") { without.insert(at, "/"); }
+      right |= to_got[i] == without;
     }
+    REQUIRE(right, "another Destination");
   }
+}
 
-  const auto ordinary = [](const std::string &name) {
-    return name != "host" && name != "destination" && !framing(name);
+// `got`: as it arrives at the target.
+void check_request(const reference::Head &sent, const reference::Head &got,
+                   const Stage &stage) {
+  auto target = sent.target;
+  if (strips(sent, stage)) { target.erase(0, stage.prefix.size()); }
+  if (target.substr(0, 1) != "/" && target != "*") { target = "/" + target; }
+  REQUIRE(got.method == sent.method, "another method");
+  REQUIRE(got.target == target, "another request target");
+  REQUIRE(got.authority.empty() && got.minor == 1, "another request line");
+  REQUIRE(got.body.kind == sent.body.kind && got.body.size == sent.body.size,
+          "another framing of the request");
+  check_host(sent, got, stage);
+  check_connection(sent, got);
+  check_destinations(sent, got, stage);
+
+  const auto checked = [](const std::string &name) { // above
+    return name == "host" || name == "destination" || framing(name) ||
+           name == "x-forwarded-for" || name == "x-forwarded-proto" ||
+           name == "x-forwarded-host" || name == "x-forwarded-prefix";
   };
-  REQUIRE(lines_that(sent,
-                     [&](const std::string &name) {
-                       return ordinary(name) && !reserved(name) &&
-                              !hop_by_hop(sent, name) &&
-                              !(name == "expect" && sent.minor == 0);
-                     }) == lines_that(got,
-                                      [&](const std::string &name) {
-                                        return ordinary(name) &&
-                                               name != "connection" &&
-                                               name != "te" &&
-                                               name != "upgrade" &&
-                                               name != "x-forwarded-for" &&
-                                               name != "x-forwarded-proto" &&
-                                               name != "x-forwarded-host" &&
-                                               name != "x-forwarded-prefix";
-                                      }),
+  const auto passes = [&](const std::string &name) {
+    return !checked(name) && !reserved(name) &&
+           (forwarding(name) ? stage.trusts : !hop_by_hop(sent, name)) &&
+           !(name == "expect" && sent.minor == 0);
+  };
+  const auto arrives = [&](const std::string &name) {
+    return !checked(name) && name != "connection" && name != "te" &&
+           name != "upgrade";
+  };
+  REQUIRE(lines_that(sent, passes) == lines_that(got, arrives),
           "other header lines reach the target");
 }
 
@@ -698,19 +739,18 @@ void check_response(const reference::Head &sent, const reference::Head &got,
     }
   }
 
-  const auto ordinary = [&](const std::string &name) {
-    return name != "location" && name != "content-location" &&
-           name != "server-timing" && name != "upgrade" && !framing(name) &&
-           !replaceable(name, stage);
+  const auto elsewhere = [&](const std::string &name) { // checked or ours
+    return name == "location" || name == "content-location" ||
+           name == "server-timing" || name == "upgrade" || framing(name) ||
+           replaceable(name, stage);
   };
-  REQUIRE(lines_that(sent,
-                     [&](const std::string &name) {
-                       return ordinary(name) && !hop_by_hop(sent, name);
-                     }) == lines_that(got,
-                                      [&](const std::string &name) {
-                                        return ordinary(name) &&
-                                               name != "connection";
-                                      }),
+  const auto passes = [&](const std::string &name) {
+    return !elsewhere(name) && !hop_by_hop(sent, name);
+  };
+  const auto arrives = [&](const std::string &name) {
+    return !elsewhere(name) && name != "connection";
+  };
+  REQUIRE(lines_that(sent, passes) == lines_that(got, arrives),
           "other header lines reach the client");
 
   // RFC 9111, section 3.5: what must never be marked as public.
@@ -1364,23 +1404,28 @@ private:
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data,
                                       std::size_t size) {
-  static auto &plain = *new Stage(false);
-  static auto &dressed = *new Stage(true);
+  static auto &plain = *new Stage(Stage::Kind::plain);
+  static auto &dressed = *new Stage(Stage::Kind::dressed);
+  static auto &trusting = *new Stage(Stage::Kind::trusting);
 
   const std::string text(reinterpret_cast<const char *>(data), size);
   if (std::count(text.begin(), text.end(), pause_mark) > 8) { return 0; }
   const auto settings = text.substr(0, text.find(part_end));
   const char kind = settings.substr(0, 1)[0];
-  const bool with_options =
-      kind == 'T' || (kind == 'c' && settings.find('d') != std::string::npos);
-  auto &stage = with_options ? dressed : plain;
+  const auto chosen = [&](char target_kind, char client_setting) {
+    return kind == target_kind ||
+           (kind == 'c' && settings.find(client_setting) != std::string::npos);
+  };
+  auto &stage = chosen('T', 'd')   ? dressed
+                : chosen('F', 'p') ? trusting
+                                   : plain;
   auto parts = split(replaced(text, "{port}", stage.target_port), part_end);
   if (parts.size() < 2) { return 0; }
   parts.erase(parts.begin());
   stage.leave_one_idle();
   if (kind == 'c') {
     AnyClient(stage, settings, parts[0]).run();
-  } else if (kind == 't' || kind == 'T') {
+  } else if (kind == 't' || kind == 'T' || kind == 'F') {
     AnyTarget(stage, settings.substr(1), std::move(parts)).run();
   }
   return 0;
