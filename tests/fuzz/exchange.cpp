@@ -7,8 +7,9 @@
 // may serve whom it must not serve.
 //
 // The input consists of parts, each ended by RS (0x1E); US (0x1F) within a part
-// is a pause, and "{port}" stands for the target's port. The first part begins
-// with a letter:
+// is a pause, "{port}" stands for the target's port and "{big}" for 100,000
+// bytes, more than fits into a head or a buffer. The first part begins with a
+// letter:
 //
 //   c<settings> <RS> the client's bytes
 //     The target answers each request that it gets. The requests that arrive
@@ -89,6 +90,15 @@ std::string replaced(std::string text, const std::string &from,
   return text;
 }
 
+// All different, in groups of ten.
+std::string big() {
+  std::string all;
+  for (int i = 0; i < 10000; ++i) {
+    all += std::to_string(1000000000 + i);
+  }
+  return all;
+}
+
 bool begins(Bytes text, Bytes with) {
   return text.substr(0, with.size()) == with;
 }
@@ -101,6 +111,12 @@ sockaddr_in loopback(int port) {
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
   address.sin_port = htons(static_cast<std::uint16_t>(port));
   return address;
+}
+
+// Small, so that the proxy often has to wait until it can send more.
+void limit_receive_buffer(int fd) {
+  const int size = 32768;
+  ::setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size));
 }
 
 // One end of a connection. It sends as fast as the other end receives; a pause
@@ -253,6 +269,7 @@ struct Stage {
 
   explicit Stage(Kind kind) : trusts(kind == Kind::trusting) {
     listener = ::socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    limit_receive_buffer(listener);
     auto address = loopback(0);
     socklen_t size = sizeof(address);
     const auto generic = reinterpret_cast<sockaddr *>(&address);
@@ -291,6 +308,7 @@ struct Stage {
     const auto until = Clock::now() + patience;
     for (;;) {
       const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+      limit_receive_buffer(fd);
       auto address = loopback(port);
       if (::connect(fd, reinterpret_cast<sockaddr *>(&address),
                     sizeof(address)) == 0) {
@@ -840,11 +858,11 @@ private:
       }
       const auto text = reference::head_of(bytes, true);
       if (text.empty()) {
-        ends_badly_ = hopeless(bytes);
+        ends_badly_ = hopeless(bytes) || bytes.size() > reference::max_head;
         break;
       }
       const auto head = reference::request(text);
-      if (!head) {
+      if (!head || text.size() > reference::max_head) {
         ends_badly_ = true;
         break;
       }
@@ -949,8 +967,9 @@ private:
     const bool last = closes_ || says_close_;
     end.note_response(request.head, {}, !last, only_client);
     // The FIN goes along with the response: a pipelined POST may be sent before
-    // a later one has arrived, and then it must fail.
-    if (last) { end.cork(); }
+    // a later one has arrived, and then it must fail. If something is left
+    // unread, the end is a reset, which discards what is not sent yet.
+    if (last && request.complete) { end.cork(); }
     end.send({"HTTP/1.1 200 OK\r\n" + number +
               (says_close_ ? "Connection: close\r\n" : "") +
               "Content-Length: 6\r\n\r\n" +
@@ -1243,6 +1262,7 @@ private:
     bool repaired = false;
     for (;;) {
       const auto text = reference::head_of(bytes, true);
+      if (text.size() > reference::max_head) { return reading; }
       if (text.empty()) {
         reading.nothing =
             bytes.empty() && (reading.interim.empty() || head_.minor == 0);
@@ -1419,8 +1439,10 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data,
   auto &stage = chosen('T', 'd')   ? dressed
                 : chosen('F', 'p') ? trusting
                                    : plain;
-  auto parts = split(replaced(text, "{port}", stage.target_port), part_end);
-  if (parts.size() < 2) { return 0; }
+  auto parts = split(
+      replaced(replaced(text, "{port}", stage.target_port), "{big}", big()),
+      part_end);
+  if (parts.size() < 2 || joined(parts).size() > size + 250000) { return 0; }
   parts.erase(parts.begin());
   stage.leave_one_idle();
   if (kind == 'c') {

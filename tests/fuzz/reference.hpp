@@ -28,6 +28,9 @@ namespace reference {
 
 using Bytes = std::string_view;
 
+// Bytes of a head, of a chunk's size line, or of a line of a trailer.
+constexpr std::size_t max_head = 65536;
+
 // Sizes of portions, small and large, derived from `seed`.
 class Portions {
 public:
@@ -504,7 +507,7 @@ inline Decoded chunked(Bytes bytes, bool forgiving = false) {
     const bool whole =
         end != Bytes::npos || (!text.empty() && text.back() == '\r');
     if (end == Bytes::npos && whole) { text.pop_back(); }
-    if (!good(text, whole)) { return State::wrong; }
+    if (!good(text, whole) || raw.size() > max_head) { return State::wrong; }
     if (end == Bytes::npos) { return State::more; }
     at = end + 2;
     out.sent_on += text + "\r\n";
