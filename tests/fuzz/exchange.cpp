@@ -113,10 +113,12 @@ sockaddr_in loopback(int port) {
   return address;
 }
 
-// Small, so that the proxy often has to wait until it can send more.
-void limit_receive_buffer(int fd) {
-  const int size = 32768;
-  ::setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size));
+// The kernel makes the proxy's send buffer some twenty segments large. With
+// small ones the proxy often has to wait until it can send more.
+void limit_buffers(int fd) {
+  const int receive = 16384, segment = 536;
+  ::setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &receive, sizeof(receive));
+  ::setsockopt(fd, IPPROTO_TCP, TCP_MAXSEG, &segment, sizeof(segment));
 }
 
 // One end of a connection. It sends as fast as the other end receives; a pause
@@ -269,7 +271,7 @@ struct Stage {
 
   explicit Stage(Kind kind) : trusts(kind == Kind::trusting) {
     listener = ::socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
-    limit_receive_buffer(listener);
+    limit_buffers(listener);
     auto address = loopback(0);
     socklen_t size = sizeof(address);
     const auto generic = reinterpret_cast<sockaddr *>(&address);
@@ -308,7 +310,7 @@ struct Stage {
     const auto until = Clock::now() + patience;
     for (;;) {
       const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-      limit_receive_buffer(fd);
+      limit_buffers(fd);
       auto address = loopback(port);
       if (::connect(fd, reinterpret_cast<sockaddr *>(&address),
                     sizeof(address)) == 0) {
@@ -1017,7 +1019,9 @@ private:
       check_request(expected.head, next->head, stage);
       REQUIRE(begins(expected.raw_body, next->raw_body),
               "the target gets another body");
-      REQUIRE(next->raw_body == expected.raw_body || (early && !open),
+      // The target may itself have closed before it had read all of it.
+      REQUIRE(next->raw_body == expected.raw_body ||
+                  (early && (!open || closes_ || says_close_)),
               "the target gets a part of the body");
       ++next;
       if (!open) { break; }
