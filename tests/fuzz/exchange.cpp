@@ -422,11 +422,14 @@ protected:
         },
         "the proxy does not close its connections");
     while (accept()) {}
+    int private_ones = 0;
     for (auto &end : targets) {
       end.step(true);
-      REQUIRE(!end.open() || end.ended || !end.owner,
-              "a private connection outlives its client");
+      private_ones += end.open() && !end.ended && end.owner;
     }
+    // The proxy may set one aside, out of use, to see how long the target
+    // leaves it open, and another one after an idle connection has ended.
+    REQUIRE(private_ones <= 2, "private connections outlive their clients");
   }
 
   Stage &stage;
