@@ -313,9 +313,11 @@ inline bool read_lenient_framing(Head &head) {
                          "Transfer-Encoding: chunked"};
     head.remove("transfer-encoding", chunked ? first : std::size_t(-1));
   }
+  // Several lines are one list (RFC 9110, section 5.3), and empty elements of a
+  // list are ignored (section 5.6.1), but it has to begin with a number.
   std::vector<std::string> lengths;
   for (const auto &value : head.values("content-length")) {
-    if (value.empty() || value[0] == ',') { return false; }
+    if (lengths.empty() && (value.empty() || value[0] == ',')) { return false; }
     for (const auto &element : elements(value)) {
       if (!decimal(element)) { return false; }
       lengths.push_back(element);
