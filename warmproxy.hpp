@@ -1572,10 +1572,10 @@ private:
       if (client_host_.empty() || !names_us(uri.authority)) {
         return std::string(location);
       }
-      // A target that leads to https itself knows more than we do.
-      const auto scheme = equals_ignore_case(uri.scheme, "http")
-                              ? client_scheme()
-                              : std::string_view();
+      // A target that leads to https at our host knows more than we do.
+      const bool knows = names_our_host(uri.authority) &&
+                         !equals_ignore_case(uri.scheme, "http");
+      const auto scheme = knows ? std::string_view() : client_scheme();
       origin =
           concat(scheme.empty() ? uri.scheme : scheme, "://", client_host_);
     }
@@ -1596,12 +1596,15 @@ private:
                   starts_with(path, "/") ? "" : "/", path);
   }
 
+  bool names_our_host(std::string_view authority) const {
+    return is_one_of(authority, {sent_host_, client_host_});
+  }
+
   // Whether this is our host, or, with the target's port, a name of the
   // machine: some servers put their port into redirects.
   bool names_us(std::string_view authority) const {
-    if (is_one_of(authority, {sent_host_, client_host_})) {
-      return !authority.empty();
-    }
+    if (authority.empty()) { return false; }
+    if (names_our_host(authority)) { return true; }
     const auto port = concat(":", decimal(peers_.target_port));
     if (!ends_with(authority, port)) { return false; }
     authority.remove_suffix(port.size());

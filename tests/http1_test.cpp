@@ -1002,6 +1002,8 @@ TEST_CASE("location: with the target's port") {
       {"http://127.0.0.1:8080", "http://test:3000", "https://example.org"},
       {"http://[::1]:8080/", "http://test:3000/", "https://example.org/"},
       {"HTTP://TEST:8080/", "http://test:3000/", "https://example.org/"},
+      {"https://localhost:8080/a", "http://test:3000/a",
+       "https://example.org/a"},
       // Our own host
       {"http://test:3000/a", "http://test:3000/a", "https://example.org/a"},
       // Not ours
