@@ -1220,7 +1220,7 @@ inline Refusal parse_response_framing(std::string_view request_method,
   return {};
 }
 
-// A 1xx or 204 has no body, whatever it says, and must not announce one.
+// A 1xx or 204 response never has a body and must not announce one.
 inline void remove_framing(ResponseHead &head) {
   bool announced = head.find("Transfer-Encoding");
   head.for_each_in({"Content-Length"}, [&](std::string_view length) {
@@ -1270,7 +1270,7 @@ inline Refusal parse_response(std::string text, std::string_view request_method,
 
 // ---- Forwarding
 
-// Whether whoever connects says that the client uses TLS, and is not believed.
+// Whether a peer that is not trusted claims that the client uses TLS.
 inline bool ignores_forwarded_https(const RequestHead &request,
                                     const Config &config) {
   const auto proto = first_element(request.value("X-Forwarded-Proto"));
@@ -1401,7 +1401,7 @@ public:
   void write_response(const ResponseHead &response, bool keep_alive,
                       std::string_view server_timing) {
     const bool interim = response.status < 200;
-    // A 426 must say to what (RFC 9110, section 15.5.22), as a 101 does.
+    // A 426 must name the protocols (RFC 9110, section 15.5.22), as a 101 does.
     upgrade_ = response.switching || response.status == 426;
     cached_ = is_cacheable(response);
     cors_ = !config_.cors_origins.empty() && !interim;
@@ -1477,7 +1477,7 @@ private:
            (field.is("Expect") && request_.minor == 0);
   }
 
-  // What we know of the client, where nobody who is believed has said it.
+  // The forwarding headers that no trusted proxy has set.
   void write_forwarding_fields() {
     // On Vercel, the peer is the platform.
     if (!config_.on_vercel || is_absent("X-Forwarded-For")) {
@@ -1496,7 +1496,7 @@ private:
     return !config_.behind_front() || !request_.find(name);
   }
 
-  // Ours behind what those who are believed have said, as one line.
+  // Our value behind those of trusted proxies, on one line.
   void write_joined(std::string_view name, std::string_view ours) {
     append(out_, name, ": ");
     for (const auto &field : request_.fields) {
@@ -1527,7 +1527,7 @@ private:
     append(out_, field.line, "\r\n");
   }
 
-  // Whether we say this ourselves.
+  // Whether a header of ours replaces it.
   bool is_ours(const Field &field) const {
     return (cached_ &&
             is_one_of(field.name, {"Cache-Control", "CDN-Cache-Control",
@@ -1842,7 +1842,7 @@ struct SocketAddress {
 
   sockaddr *get() { return &any; }
   int port() const { return ntohs(in.sin_port); }
-  // An IPv4 address on a dual-stack socket is told as what it is.
+  // An IPv4 client of a dual-stack socket is written as IPv4.
   std::string text() const {
     char text[INET6_ADDRSTRLEN] = "";
     const void *address = &in.sin_addr;
@@ -2218,8 +2218,8 @@ public:
                  static_cast<Socket *>(nullptr));
   }
   // Runs the task at `when`, or earlier. A task whose deadline has moved on by
-  // then is scheduled anew: so a deadline that moves with every request is
-  // free.
+  // then is rescheduled, so a deadline that moves with every request costs
+  // nothing.
   void schedule(Task &task, Time when) {
     when = std::max(when, now_ + std::chrono::nanoseconds(1)); // the next turn
     if (when >= task.scheduled_) { return; }
@@ -2988,7 +2988,7 @@ private:
 // ---- Process: its process group, by /proc
 
 // Calls `function` with the pid of each process of a group that is no zombie.
-// Returns false where /proc does not tell.
+// Returns false if /proc cannot be read.
 template <typename F> bool for_each_member(pid_t group, F function) {
   bool known = false;
   std::error_code error;
@@ -3046,7 +3046,7 @@ inline std::map<std::string, std::string> sockets_of(pid_t group) {
   return sockets;
 }
 
-// Those that listen; none where /proc does not tell.
+// Its sockets that listen; none if /proc cannot be read.
 inline std::vector<ListeningSocket> listeners_of(pid_t group) {
   std::vector<ListeningSocket> found;
   const auto sockets = sockets_of(group);
@@ -3115,7 +3115,7 @@ public:
   pid_t pid() const { return pid_; }
   // Whether it is the target's or the watchdog's, which are reaped here.
   bool owns(pid_t pid) const { return pid == pid_ || pid == watchdog_.pid(); }
-  // Polls readable when the target exits. -1: ask exited() every 10 ms.
+  // Polls readable when the target exits. -1: poll exited() every 10 ms.
   int exit_fd() const { return pidfd_.get(); }
 
   // Whether the target, if started, has exited. Reaps it.
@@ -3165,7 +3165,7 @@ public:
   }
 
   // The listening TCP sockets of the process group. Several may have the same
-  // port. Empty where /proc does not tell.
+  // port. Empty if /proc cannot be read.
   std::vector<ListeningSocket> listeners() const {
     return started() ? listeners_of(pid_) : std::vector<ListeningSocket>();
   }
@@ -3276,7 +3276,7 @@ private:
 
   // SIGTERM goes to the target alone at first: launchers (npm, cross-env) pass
   // it on, and a second one ends a polite server at once. But a plain shell
-  // just dies of it, and nobody tells its child.
+  // just dies of it, and its child gets no signal.
   void end_politely(SteadyClock::time_point deadline) {
     if (!exited()) {
       ::kill(pid_, SIGTERM);
@@ -3536,7 +3536,7 @@ public:
   bool is_open() const { // a question is under way
     return questions_.front().is_open() || latest().is_open();
   }
-  // Whether one may be asked early.
+  // Whether one may be asked before it is due.
   bool can_ask() const {
     return !endpoints_.empty() && !is_ready() && !is_open();
   }
@@ -3814,7 +3814,7 @@ private:
         end();
         continue;
       }
-      // The clock of the pause only goes on while it is asked.
+      // RunningClock counts at most two seconds between two readings.
       wait(RunningClock::now() < start_at_ ? start_at_ : Time::max());
     }
   }
@@ -3859,8 +3859,8 @@ private:
     return true;
   }
 
-  // Whether a fixed port accepts a connection, on which the target is then
-  // asked. A full backlog is somebody's, too.
+  // Whether a server accepts connections on a fixed port already; the first
+  // question goes out on that connection. A full backlog counts as a server.
   bool is_served() {
     if (config_.target_port <= 0) { return false; }
     probe_.aim(endpoints());
@@ -3998,8 +3998,8 @@ private:
   }
 
   // The time for the start is over. A maintenance page is better passed on than
-  // killed, but not if somebody has said what to ask for. Returns whether the
-  // target is used.
+  // killed, but not if a health_path was set. Returns whether the target
+  // is used.
   bool give_up(Time now) {
     const auto time = concat(in_seconds(config_.startup_timeout), " s");
     const auto &latest = probe_.latest();
@@ -4268,7 +4268,7 @@ private:
       const auto n = ::send(socket_.get(), unsent_.data(), unsent_.size(),
                             MSG_DONTWAIT | MSG_NOSIGNAL);
       if (n < 0 && would_block(errno)) { return; }
-      // The platform is gone: nobody is left to be told.
+      // The platform is gone: there is nobody to notify.
       unsent_.erase(0, n > 0 ? static_cast<std::size_t>(n) : unsent_.npos);
     }
   }
@@ -4537,8 +4537,8 @@ inline Reply status_reply(const RequestHead &request, const Status &status) {
 
 // ---- Responses: on the wire
 
-// What we say ourselves. Of a handler's statuses we know no reason, which may
-// be empty: RFC 9112, section 4.
+// The reasons of the statuses that we send ourselves. A handler may choose any
+// other; its reason may be empty (RFC 9112, section 4).
 inline std::string status_text(int status) {
   static constexpr std::string_view known[] = {
       "200 OK",
@@ -5012,7 +5012,7 @@ struct Shared {
   // Connections that nobody has to wait for when we drain: tunnels and event
   // streams, which the target ends, and those that merely linger.
   std::atomic<std::size_t> endless{0}, lingering{0};
-  // Set while the accepting thread has to hear of connections that end.
+  // Set while the accepting thread has to be woken when a connection ends.
   std::atomic<bool> waiting_for_end{false};
 
   std::size_t connections() const;
@@ -5126,7 +5126,7 @@ struct Flow {
   bool dechunk = false; // send the content of the chunks alone
   bool moved = false;   // something was sent
   bool stopped = false; // the sink takes no more
-  bool shut = false;    // the sink has been told that there is no more
+  bool shut = false;    // shutdown(2) was called on the sink
 };
 
 // One attempt to take a request to the target and its response back.
@@ -5138,7 +5138,7 @@ public:
     done,  // the response has been passed on in full
     reply, // we have to respond ourselves: see reply()
     retry, // in another exchange
-    abort  // one side is gone, and nothing more can be said
+    abort  // one side is gone: close the client's connection
   };
 
   // `sends_left`: how often the request may still be sent.
@@ -5268,7 +5268,7 @@ private:
 
   // The upstream connection ended before a response. Only a request that
   // changes nothing is sent again, and once at most on a new connection; an
-  // idle one that has gone stale says nothing about the target.
+  // stale idle one is no evidence about the target.
   bool no_response() {
     if (upload_.moved) {
       --sends_left_;
@@ -5534,7 +5534,7 @@ struct Request {
   }
 
   Vercel *const vercel;
-  std::string invocation_id, request_id; // empty: nobody is told
+  std::string invocation_id, request_id; // empty: no `end` is sent
   milliseconds background_work{0};       // of the target, after the response
   RequestHead head;
   int sends_left = WARMPROXY_MAX_ATTEMPTS;
@@ -5543,7 +5543,7 @@ struct Request {
 
 class Connection : public Client {
 public:
-  // `over_limit`: the client is only told that there are too many.
+  // `over_limit`: the client gets a 503 and no more.
   Connection(Worker &worker, Descriptor fd, const SocketAddress &from,
              bool over_limit)
       : Client(worker.loop.buffers), worker_(worker), shared_(worker.shared),
@@ -5646,7 +5646,7 @@ private:
   // `refusal`: why the head, of which `size` bytes have arrived, is not parsed.
   Step begin_request(std::size_t size, Refusal refusal = {}) {
     worker_.idle_clients.leave(*this);
-    // A copy, since the buffer is filled anew while the response is awaited.
+    // A copy, since the buffer is refilled while the response is awaited.
     std::string text(received.view().substr(0, size));
     received.consume(size);
     auto &request = request_.emplace(shared_.vercel, text);
@@ -5975,8 +5975,8 @@ private:
   void accept_batch(int most) {
     const auto now = own_loop().now();
     for (; most > 0 && listening_.readable && now >= paused_until_; --most) {
-      // Over the limit there is room for a few that are only told so. When that
-      // is taken as well, the others wait in the backlog.
+      // A few over the limit are accepted, but only to get a 503. Beyond those,
+      // clients wait in the backlog.
       const auto count = connections(), limit = capacity();
       if (count >= limit + 16 || !accept_one(count >= limit)) {
         paused_until_ = later(now, milliseconds(10));
@@ -6550,9 +6550,9 @@ inline int wait_for_signal(const sigset_t &signals, bool briefly) {
 #endif
 }
 
-// Until it is `over`, which a SIGCHLD tells: calls `stop` at the first of
-// `signals`, which are blocked, and ends the process at the second. As PID 1,
-// it also reaps orphans.
+// Calls `stop` at the first of `signals`, which are blocked, and ends the
+// process at the second. As PID 1, it also reaps orphans. Returns after `over`
+// was set and a SIGCHLD was sent to this thread.
 inline void handle_signals(const sigset_t &signals,
                            const std::atomic<bool> &over,
                            const Supervisor &supervisor,
