@@ -330,8 +330,8 @@ public:
   Proxy(const Proxy &) = delete;
   Proxy &operator=(const Proxy &) = delete;
 
-  // Binds and serves until stop(). Returns false if it cannot bind or can no
-  // longer accept. A Proxy listens once: a second call returns false.
+  // Binds and serves until stop(). Returns false if it cannot listen. A Proxy
+  // listens once: a second call returns false.
   bool listen(const std::string &host, int port);
   // Binds to a free port and returns it, or -1.
   int bind_to_any_port(const std::string &host);
