@@ -822,10 +822,10 @@ TEST_CASE("stop: SIGTERM goes to the target alone at first") {
   const auto heard = run.directory / "heard";
   // The child notes what it gets from the group; the launcher passes it on.
   run.config.args = {"-c",
-                     "sh -c 'trap \"echo term >> " + heard +
-                         "; exit 0\" TERM; echo ready >> " + heard +
-                         "; while :; do sleep 0.01; done' & child=$!\n"
-                         "trap 'kill $child; wait $child; exit 5' TERM; wait"};
+                     "trap 'kill $child; wait $child; exit 5' TERM\n"
+                     "sh -c 'trap \"echo term >> " +
+                         heard + "; exit 0\" TERM; echo ready >> " + heard +
+                         "; while :; do sleep 0.01; done' & child=$!; wait"};
   REQUIRE(run.start() == "");
   REQUIRE(support::wait_for([&] { return read_file(heard) == "ready\n"; }));
   run.stop();
