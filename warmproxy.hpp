@@ -1634,26 +1634,6 @@ private:
   bool upgrade_ = false, cached_ = false, cors_ = false; // of the response
 };
 
-inline void write_request_head(const RequestHead &request,
-                               const Forwarding &forwarding, std::string &out) {
-  HeadWriter(request, forwarding, out).write_request();
-}
-
-inline void write_own_request_head(const RequestHead &request,
-                                   const Forwarding &forwarding,
-                                   std::string &out) {
-  HeadWriter(request, forwarding, out).write_own_request();
-}
-
-inline void write_response_head(const RequestHead &request,
-                                const ResponseHead &response,
-                                const Forwarding &forwarding, bool keep_alive,
-                                std::string_view server_timing,
-                                std::string &out) {
-  HeadWriter(request, forwarding, out)
-      .write_response(response, keep_alive, server_timing);
-}
-
 // ---- Net: descriptors, clocks, buffers, the event loop ----------------------
 
 [[noreturn]] inline void throw_errno(const char *what) {
@@ -4894,7 +4874,7 @@ inline httplib::Request routing_request(const RequestHead &head,
         std::string(head.target.substr(query + 1)), request.params);
   }
   std::string text;
-  write_own_request_head(head, forwarding, text);
+  HeadWriter(head, forwarding, text).write_own_request();
   RequestHead seen;
   parse_request(std::move(text), seen);
   for (const auto &field : seen.fields) {
@@ -5253,7 +5233,7 @@ private:
     }
     upload_.sink = upstream_.get();
     target_authority_ = lease_.endpoint().text();
-    write_request_head(request_, forwarding(), upload_.head);
+    HeadWriter(request_, forwarding(), upload_.head).write_request();
     return true;
   }
 
@@ -5405,8 +5385,8 @@ private:
       if (response_.status >= 200 || response_.switching) {
         begin_response();
       } else if (request_.minor == 1) { // RFC 9110, section 15.2
-        write_response_head(request_, response_, forwarding(), true, {},
-                            download_.head);
+        HeadWriter(request_, forwarding(), download_.head)
+            .write_response(response_, true, {});
       }
     }
     return true;
@@ -5437,8 +5417,8 @@ private:
                starts_with_ignore_case(response_.value("Content-Type"),
                                        "text/event-stream");
     if (endless_) { ++shared_.endless; }
-    write_response_head(request_, response_, forwarding(), keep_alive_,
-                        lease_.server_timing(), download_.head);
+    HeadWriter(request_, forwarding(), download_.head)
+        .write_response(response_, keep_alive_, lease_.server_timing());
   }
 
   // ---- What becomes of the upstream connection
@@ -5714,7 +5694,7 @@ private:
     loan_ = std::make_shared<Loan>();
     auto &loan = *loan_;
     loan.fd = socket.fd.get();
-    write_own_request_head(head, own_forwarding(), loan.head);
+    HeadWriter(head, own_forwarding(), loan.head).write_own_request();
     loan.received = received.view();
     loan.method = head.method;
     loan.request = head.framing;

@@ -79,7 +79,7 @@ std::string forwarded(const std::string &text, const Situation &setting = {}) {
   const auto refusal = parse_request(text, head);
   REQUIRE(refusal.status == 0);
   std::string out;
-  write_request_head(head, setting.forwarding(), out);
+  HeadWriter(head, setting.forwarding(), out).write_request();
   return out;
 }
 
@@ -101,7 +101,7 @@ std::string answered(const std::string &request, const std::string &response,
   ResponseHead head;
   REQUIRE(parse_response(response, asked.method, head).status == 0);
   std::string out;
-  write_response_head(asked, head, setting.forwarding(), true, "", out);
+  HeadWriter(asked, setting.forwarding(), out).write_response(head, true, "");
   return out;
 }
 
@@ -534,8 +534,9 @@ TEST_CASE("response head: Connection as the client has to know it") {
     ResponseHead answer;
     REQUIRE(!parse_response(response, asked.method, answer));
     std::string out;
-    write_response_head(asked, answer, Situation().forwarding(), keep_alive,
-                        "Server-Timing: x\r\n", out);
+    const Situation setting;
+    HeadWriter(asked, setting.forwarding(), out)
+        .write_response(answer, keep_alive, "Server-Timing: x\r\n");
     return out;
   };
   const auto old = "GET / HTTP/1.0\r\nHost: test\r\n\r\n"s;
@@ -933,7 +934,8 @@ TEST_CASE("forwarding: own routes see the client's request") {
     RequestHead head;
     REQUIRE(!parse_request(text, head));
     std::string out;
-    write_own_request_head(head, {setting.config, setting.client, "", 0}, out);
+    HeadWriter(head, {setting.config, setting.client, "", 0}, out)
+        .write_own_request();
     return out;
   };
   const std::string text =

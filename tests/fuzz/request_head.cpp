@@ -66,7 +66,8 @@ std::string restated(const RequestHead &head) {
 void check_forwarded(const RequestHead &head, const reference::Head &expected,
                      Config config) {
   std::string out;
-  write_request_head(head, {config, "192.0.2.7", "127.0.0.1:1", 1}, out);
+  HeadWriter(head, {config, "192.0.2.7", "127.0.0.1:1", 1}, out)
+      .write_request();
   const auto forwarded = reference::request(out);
   REQUIRE(forwarded, "what is forwarded is no request");
   REQUIRE(forwarded->method == expected.method, "another method is forwarded");
