@@ -40,8 +40,8 @@
 
 // ---- Requirements ----------------------------------------------------------
 
-#if defined(_WIN32)
-#error "warmproxy.hpp needs a POSIX system; Windows is not supported."
+#if defined(_WIN32) || defined(__APPLE__)
+#error "warmproxy.hpp needs Linux or another system with POSIX.1-2024."
 #endif
 #if __cplusplus < 201703L
 #error "warmproxy.hpp needs C++17 or later: compile with -std=c++17."
@@ -119,8 +119,8 @@
 // ---- Limits ----------------------------------------------------------------
 
 // Bytes of a request or response head. RFC 9112, section 3 asks for at least
-// 8,000 bytes of request line; 64 KB is where the strictest common servers
-// stop.
+// 8,000 bytes of request line. By default, Node accepts 16 KB and nginx four
+// times 8 KB.
 #ifndef WARMPROXY_MAX_HEAD_SIZE
 #define WARMPROXY_MAX_HEAD_SIZE 65536
 #endif
@@ -151,8 +151,8 @@
 #ifndef WARMPROXY_UPSTREAM_IDLE_TIMEOUT
 #define WARMPROXY_UPSTREAM_IDLE_TIMEOUT 20000
 #endif
-// Milliseconds after which an upstream connection without a response may be
-// blocked by idle ones, since some servers serve one connection at a time.
+// Milliseconds without a response on a new upstream connection after which the
+// idle ones are closed: a single-connection server may be blocked on them.
 #ifndef WARMPROXY_STALL_TIMEOUT
 #define WARMPROXY_STALL_TIMEOUT 250
 #endif
@@ -161,17 +161,18 @@
 #ifndef WARMPROXY_HALF_CLOSE_GRACE
 #define WARMPROXY_HALF_CLOSE_GRACE 100
 #endif
-// Milliseconds after which a second readiness probe may be put beside one that
-// the target has accepted but not answered.
+// Milliseconds after which a second readiness probe is sent while the target
+// has accepted the first one but not answered it.
 #ifndef WARMPROXY_PROBE_PATIENCE
 #define WARMPROXY_PROBE_PATIENCE 15000
 #endif
-// Reads or writes of one connection before the others have their turn.
+// Steps of one connection before the others have their turn. A step reads and
+// writes at most once in each direction.
 #ifndef WARMPROXY_OPERATIONS_PER_TURN
 #define WARMPROXY_OPERATIONS_PER_TURN 8
 #endif
-// Upstream connections that an event loop may hold beyond its number of client
-// connections, so that clients that come for one request find one, too.
+// Upstream connections of an event loop beyond one per client connection: idle
+// ones to reuse when each client sends one request and disconnects.
 #ifndef WARMPROXY_SPARE_UPSTREAMS
 #define WARMPROXY_SPARE_UPSTREAMS 4
 #endif
@@ -265,9 +266,10 @@ struct Options {
   // shorter one, or it sends requests into connections that are just closing.
   // Default: 75 s, as nginx has it. 0: never, as always on Vercel.
   std::chrono::milliseconds keep_alive_timeout{75000};
-  // Believe the forwarding headers (X-Forwarded-*, Forwarded, X-Real-IP) of
-  // whoever connects. Set it only if all clients come through a proxy that sets
-  // them. Default: false, they are replaced with what we know ourselves.
+  // Trust the forwarding headers (X-Forwarded-*, Forwarded, X-Real-IP) of every
+  // client. Set it only if all clients come through a proxy that sets them.
+  // Default: false, they are replaced with the address and host of the client's
+  // own connection.
   bool trust_proxy = false;
 
   // Origins whose pages may use the target, as "https://example.org"; "*"
@@ -471,7 +473,7 @@ template <typename F> void for_each_element(std::string_view list, F function) {
   }
 }
 
-// Whether a comma-separated list has this element, in any case.
+// Whether a comma-separated list contains this element, ignoring case.
 inline bool list_contains(std::string_view list, std::string_view wanted) {
   bool found = false;
   for_each_element(list, [&](std::string_view element) {
@@ -491,6 +493,7 @@ template <typename N> bool to_number(std::string_view text, N &number) {
   return true;
 }
 
+// Whether a header line must not contain it; a tab is allowed there.
 inline bool is_control(char c) {
   return (static_cast<unsigned char>(c) < 0x20 && c != '\t') || c == 0x7f;
 }
@@ -523,7 +526,7 @@ template <typename N> std::string decimal(N number) {
   return std::to_string(number);
 }
 
-// "0.9"
+// With one decimal place, such as "0.9".
 template <typename Duration> std::string in_milliseconds(Duration duration) {
   char text[40];
   std::snprintf(text, sizeof(text), "%.1f",
@@ -540,7 +543,8 @@ template <typename Duration> std::string in_seconds(Duration duration) {
   return text;
 }
 
-// As JSON has it. What is not ASCII counts as Latin-1, since any byte may come.
+// Quotes a JSON string. Bytes outside ASCII are taken for Latin-1, since
+// targets may send any.
 inline std::string json_string(std::string_view text) {
   std::string out = "\"";
   for (const char c : text) {
@@ -572,15 +576,18 @@ struct Config : Options {
   bool on_vercel = false;
   std::string prefix; // strip_prefix as "/a/b" or ""
 
-  // Whether the forwarding headers of whoever connects are believed. They then
-  // name the client, and many clients may share a connection.
-  bool behind_front() const { return trust_proxy || on_vercel; }
+  // Whether clients connect through a proxy whose forwarding headers are
+  // trusted. They then name the client, and one connection may serve many
+  // clients.
+  bool behind_trusted_proxy() const { return trust_proxy || on_vercel; }
 };
 
-// "/a/b" or "", however many slashes the user wrote around it.
+// Returns "/a/b", or "" for no prefix, whatever slashes surround it.
 inline std::string normalized_prefix(std::string_view prefix) {
+  const auto first = prefix.find_first_not_of('/');
+  if (first == std::string_view::npos) { return {}; }
   prefix = prefix.substr(0, prefix.find_last_not_of('/') + 1);
-  return concat(prefix.empty() || prefix[0] == '/' ? "" : "/", prefix);
+  return concat("/", prefix.substr(first));
 }
 
 // Whether the path of a request target is `prefix` or lies below it.
@@ -592,6 +599,7 @@ inline bool is_below(std::string_view request_target, std::string_view prefix) {
 
 // ---- HTTP/1: framing, heads ------------------------------------------------
 
+// Whether `text` equals one of `texts`, ignoring case.
 template <typename Texts = std::initializer_list<std::string_view>>
 bool is_one_of(std::string_view text, const Texts &texts) {
   return std::any_of(texts.begin(), texts.end(), [text](std::string_view one) {
@@ -599,7 +607,7 @@ bool is_one_of(std::string_view text, const Texts &texts) {
   });
 }
 
-// Finds where a message's body ends, in bytes that arrive in any portions.
+// Finds the end of a message's body in bytes that arrive in pieces of any size.
 class Framing {
 public:
   enum class Mode { none, length, chunked, until_close, tunnel };
@@ -647,24 +655,25 @@ public:
   void close() { done_ = true; }
 
 private:
-  // The position in the grammar of RFC 9112, section 7.1: the next byte is ...
+  // The position in the grammar of RFC 9112, section 7.1.
   enum class State : unsigned char {
-    size_first, // the first digit of a chunk's size
-    size,       // a further one, or the end of the size
-    size_end,   // behind a blank that follows the size
+    size_first, // before the first digit of a chunk size
+    size,       // in a chunk size
+    size_end,   // after a blank that follows the size
     extension,  // in a chunk extension
-    data,       // in a chunk's data
-    data_end,   // the CR behind the data
-    line_first, // the first of a trailer line, or of the empty one
-    name,       // in a trailer's name
-    name_end,   // behind a blank that follows the name
-    value,      // in a trailer's value
-    lf,         // the LF of any line; `next_` follows
+    data,       // in chunk data
+    data_end,   // after the data: a CR must follow
+    line_first, // at the start of a trailer line or the empty line
+    name,       // in a trailer name
+    name_end,   // after a blank that follows the name
+    value,      // in a trailer value
+    lf,         // after a CR: an LF must follow, then `next_`
     end,
     malformed
   };
 
   std::size_t take_content(std::string_view bytes, std::string *content) {
+    // until_close and tunnel: every byte belongs to the body.
     if (mode_ > Mode::chunked) { left_ = bytes.size(); }
     const auto n =
         static_cast<std::size_t>(std::min<std::uint64_t>(left_, bytes.size()));
@@ -678,8 +687,8 @@ private:
     return n;
   }
 
-  // Strictly, but for superfluous blanks: lenient readers of a bare LF or of
-  // white space here are how requests get smuggled.
+  // Strict except for the blanks that `forgiving_` allows: accepting a bare LF
+  // or white space here makes request smuggling possible.
   State step(char c) {
     at_superfluous_ = false;
     if (++overhead_ > WARMPROXY_MAX_HEAD_SIZE) { return State::malformed; }
@@ -720,7 +729,7 @@ private:
   State step_size(char c) {
     const auto digit = std::string_view("0123456789abcdef").find(to_lower(c));
     if (digit != std::string_view::npos && state_ != State::size_end) {
-      if (left_ >> 59) { return State::malformed; } // 2^63 is no size
+      if (left_ >> 59) { return State::malformed; } // would be 2^63 or more
       left_ = left_ * 16 + digit;
       return State::size;
     }
@@ -883,7 +892,7 @@ struct Refusal {
   explicit operator bool() const { return status != 0; }
 };
 
-// What the writers must know besides the heads.
+// What HeadWriter needs besides the heads.
 struct Forwarding {
   const Config &config;
   std::string_view client_address;
@@ -897,10 +906,10 @@ inline std::string_view first_element(std::string_view list) {
   return trim(until(list, ','));
 }
 
-// Returns where the head that begins `bytes` ends, behind its empty line; 0:
-// not yet. Nothing before `from` is searched again.
+// Returns the size of the head at the start of `bytes`, including its empty
+// line, or 0 if it is incomplete. The first `from` bytes were searched before.
 inline std::size_t head_end(std::string_view bytes, std::size_t from = 0) {
-  // An empty line may end in a bare LF: it is for the parser to refuse it.
+  // A bare LF ends an empty line here, too, so that the parser can refuse it.
   from = from > 2 ? from - 2 : 0;
   for (auto at = bytes.find('\n', from); at != std::string_view::npos;
        at = bytes.find('\n', at + 1)) {
@@ -1042,7 +1051,7 @@ inline Refusal check_host(const RequestHead &head) {
              : Refusal{};
 }
 
-// Makes origin-form of absolute-form (RFC 9112, sections 3.2.1 to 3.2.4).
+// Turns absolute-form into origin-form (RFC 9112, sections 3.2.1 to 3.2.4).
 inline Refusal parse_request_target(RequestHead &head) {
   if (starts_with(head.target, "/") ||
       (head.target == "*" && head.method == "OPTIONS")) {
@@ -1274,7 +1283,7 @@ inline Refusal parse_response(std::string text, std::string_view request_method,
 inline bool ignores_forwarded_https(const RequestHead &request,
                                     const Config &config) {
   const auto proto = first_element(request.value("X-Forwarded-Proto"));
-  return !config.behind_front() && equals_ignore_case(proto, "https");
+  return !config.behind_trusted_proxy() && equals_ignore_case(proto, "https");
 }
 
 // Whether credentials of NTLM or Negotiate are exchanged: they log in the
@@ -1290,6 +1299,7 @@ inline bool is_forwarding(std::string_view name) {
          is_one_of(name, {"Forwarded", "X-Real-IP"});
 }
 
+// Headers between Vercel's platform and its runtime, with credentials for both.
 inline bool is_vercel_private(std::string_view name) {
   return starts_with_ignore_case(name, "X-Vercel-Internal-") ||
          starts_with_ignore_case(name, "X-Vercel-SC-");
@@ -1310,7 +1320,7 @@ inline void write_cors(const RequestHead &request, const Config &config,
                        std::string &out) {
   const auto &allowed = config.cors_origins;
   if (allowed.empty()) { return; }
-  // Which headers follow depends on it, also where none do.
+  // The response depends on Origin even if no CORS field follows.
   out += "Vary: Origin\r\n";
   const auto origin = request.value("Origin");
   if (origin.empty() ||
@@ -1331,19 +1341,20 @@ inline void write_cors(const RequestHead &request, const Config &config,
   }
 }
 
-// Writes the heads of one exchange as those who get them have to see them.
+// Writes the heads of one exchange: the request for the target or an own route,
+// and the response for the client.
 class HeadWriter {
 public:
   HeadWriter(const RequestHead &request, const Forwarding &forwarding,
              std::string &out)
-      : request_(request), peers_(forwarding), config_(forwarding.config),
+      : request_(request), forwarding_(forwarding), config_(forwarding.config),
         out_(out), strips_prefix_(!config_.prefix.empty() &&
                                   is_below(request.target, config_.prefix)) {
     const auto named = first_element(request.value("X-Forwarded-Host"));
-    const bool believed = config_.behind_front() && !named.empty();
+    const bool believed = config_.behind_trusted_proxy() && !named.empty();
     client_host_ = believed ? named : request.host();
-    // Vercel sends the deployment's as Host; its own proxies replace it with
-    // the visitor's, too.
+    // On Vercel, Host names the deployment. The target gets the visitor's host,
+    // as from Vercel's own proxies.
     sent_host_ = config_.on_vercel ? client_host_ : request.host();
     if (sent_host_.empty() && !request.find("Host")) {
       sent_host_ = forwarding.target_authority;
@@ -1405,7 +1416,9 @@ public:
     upgrade_ = response.switching || response.status == 426;
     cached_ = is_cacheable(response);
     cors_ = !config_.cors_origins.empty() && !interim;
-    append(out_, "HTTP/1.1 ", response.reason, "\r\n");
+    // RFC 9112, section 4: the space is required even without a reason.
+    append(out_, "HTTP/1.1 ", response.reason,
+           response.reason.size() == 3 ? " \r\n" : "\r\n");
     for (const auto &field : response.fields) {
       write_response_field(field, response);
     }
@@ -1433,8 +1446,9 @@ private:
     append_field(out_, name, value);
   }
 
-  // Whether a field of the client goes beyond us at all. What a client must not
-  // take from the target by listing it in Connection always does.
+  // Whether a client's field is forwarded. Content-Length, Transfer-Encoding
+  // and Host always are, so that a client cannot remove them by listing them in
+  // Connection.
   bool is_passed_on(const Field &field) const {
     const auto name = field.name;
     if (is_one_of(name, {"Content-Length", "Transfer-Encoding", "Host"})) {
@@ -1451,11 +1465,11 @@ private:
         is_one_of(name, {"Proxy", "Warmproxy-Wait"})) {
       return false;
     }
-    return is_forwarding(name) ? config_.behind_front()
+    return is_forwarding(name) ? config_.behind_trusted_proxy()
                                : !request_.is_hop_by_hop(field);
   }
 
-  // One field that is_passed_on(), in its place.
+  // Writes one field that is_passed_on(), at its original position.
   void write_request_field(const Field &field) {
     if (field.is("Content-Length")) {
       write(field.name, decimal(request_.content_length));
@@ -1468,7 +1482,7 @@ private:
     }
   }
 
-  // Whether another line stands for the field, or none.
+  // Whether the field is dropped, or replaced by a line written elsewhere.
   bool is_replaced(const Field &field) const {
     return (field.is("Host") && field.value != sent_host_) ||
            (field.is("X-Forwarded-For") && !config_.on_vercel) ||
@@ -1481,7 +1495,7 @@ private:
   void write_forwarding_fields() {
     // On Vercel, the peer is the platform.
     if (!config_.on_vercel || is_absent("X-Forwarded-For")) {
-      write_joined("X-Forwarded-For", peers_.client_address);
+      write_joined("X-Forwarded-For", forwarding_.client_address);
     }
     if (is_absent("X-Forwarded-Proto") && is_absent("Forwarded")) {
       write("X-Forwarded-Proto", "http");
@@ -1493,14 +1507,15 @@ private:
   }
 
   bool is_absent(std::string_view name) const {
-    return !config_.behind_front() || !request_.find(name);
+    return !config_.behind_trusted_proxy() || !request_.find(name);
   }
 
   // Our value behind those of trusted proxies, on one line.
   void write_joined(std::string_view name, std::string_view ours) {
     append(out_, name, ": ");
     for (const auto &field : request_.fields) {
-      if (config_.behind_front() && field.is(name) && !field.value.empty()) {
+      if (config_.behind_trusted_proxy() && field.is(name) &&
+          !field.value.empty()) {
         append(out_, field.value, ", ");
       }
     }
@@ -1536,8 +1551,8 @@ private:
             starts_with_ignore_case(field.name, "Access-Control-Allow-"));
   }
 
-  // Whether `cdn_cache` applies. A 304 counts, too: what it says replaces what
-  // the 200 said. RFC 9111, sections 3 and 3.5.
+  // Whether `cdn_cache` applies. A 304 counts, too: its fields update those
+  // of the stored 200. RFC 9111, sections 3 and 3.5.
   bool is_cacheable(const ResponseHead &response) const {
     return config_.cdn_cache.count() > 0 &&
            (response.status == 200 || response.status == 304) &&
@@ -1550,8 +1565,8 @@ private:
                            {"no-store", "private", "no-cache"});
   }
 
-  // The type decides; the path's ending only where there is no telling one,
-  // which a 304 never has.
+  // Decided by Content-Type; by the path's ending only if there is no specific
+  // type, as in a 304.
   bool is_script_or_style(const ResponseHead &response) const {
     const auto type = trim(until(response.value("Content-Type"), ';'));
     if (type.empty() || equals_ignore_case(type, "application/octet-stream")) {
@@ -1563,7 +1578,7 @@ private:
                       "application/x-javascript"});
   }
 
-  // Location and Content-Location: as the client has to ask for it.
+  // Maps Location and Content-Location to the URL that the client must use.
   std::string client_location(std::string_view location) const {
     Uri uri;
     if (!split_uri(location, uri)) { return std::string(location); }
@@ -1579,6 +1594,7 @@ private:
       origin =
           concat(scheme.empty() ? uri.scheme : scheme, "://", client_host_);
     }
+    // A target that respects X-Forwarded-Prefix has added the prefix already.
     const bool prefixed =
         !strips_prefix_ || is_below(until(uri.path, '#'), config_.prefix);
     return concat(origin, prefixed ? "" : config_.prefix, uri.path);
@@ -1605,7 +1621,7 @@ private:
   bool names_us(std::string_view authority) const {
     if (authority.empty()) { return false; }
     if (names_our_host(authority)) { return true; }
-    const auto port = concat(":", decimal(peers_.target_port));
+    const auto port = concat(":", decimal(forwarding_.target_port));
     if (!ends_with(authority, port)) { return false; }
     authority.remove_suffix(port.size());
     return is_one_of(authority,
@@ -1616,7 +1632,8 @@ private:
   // "http", "https", or "" if the proxy before us says something else.
   std::string_view client_scheme() const {
     const auto proto = first_element(request_.value("X-Forwarded-Proto"));
-    if (!config_.behind_front() || (proto.empty() && is_absent("Forwarded"))) {
+    if (!config_.behind_trusted_proxy() ||
+        (proto.empty() && is_absent("Forwarded"))) {
       return "http";
     }
     return equals_ignore_case(proto, "https")  ? "https"
@@ -1625,7 +1642,7 @@ private:
   }
 
   const RequestHead &request_;
-  const Forwarding &peers_;
+  const Forwarding &forwarding_;
   const Config &config_;
   std::string &out_;
   const bool strips_prefix_;
@@ -1698,8 +1715,8 @@ inline void reset_on_close(int fd) {
   ::setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now));
 }
 
-// Log lines, from any thread. Never throws and, with the default, never blocks:
-// what a full stderr cannot take is dropped and counted.
+// Log lines, from any thread. Never throws. With the default, a pipe or
+// terminal that is full does not block: the lines are dropped and counted.
 class Log {
 public:
   explicit Log(const Options &options) : function_(options.log) {
@@ -1724,7 +1741,7 @@ public:
       }
       append(text, "[warmproxy] ", line, "\n");
       if (!write_text(text)) { dropped_ += dropped + 1; }
-    } catch (...) {} // a log must not end what it reports
+    } catch (...) {} // a failure to log must not end the caller
   }
 
 private:
@@ -1778,16 +1795,16 @@ inline Time after(milliseconds time) {
   return later(RunningClock::now(), time);
 }
 
-// What is left until `until`, at most `max_wait`; -1 ms: for ever.
+// The time left until `until`, at most `max_wait`; -1 ms, no limit, for max().
 template <typename T> std::chrono::nanoseconds time_left(T until) {
   if (until == T::max()) { return milliseconds(-1); }
   return std::clamp<std::chrono::nanoseconds>(
       until - T::clock::now(), std::chrono::nanoseconds(0), max_wait);
 }
 
-// Waits until one of `fds` is ready or until `until`, but at most `max_wait`.
-// Returns whether one is ready. Not poll(2), which counts in milliseconds:
-// readiness is probed every 250 us.
+// Waits until one of `fds` is ready or for time_left(until). Returns whether
+// one is ready. Not poll(2), which counts in milliseconds: readiness is probed
+// every 250 us.
 template <typename T> bool wait_for(pollfd *fds, std::size_t count, T until) {
   const auto left = time_left(until);
   const timespec time{static_cast<time_t>(left.count() / 1000000000),
@@ -1822,7 +1839,7 @@ struct SocketAddress {
 
   sockaddr *get() { return &any; }
   int port() const { return ntohs(in.sin_port); }
-  // An IPv4 client of a dual-stack socket is written as IPv4.
+  // The address as text; an IPv4-mapped IPv6 address as plain IPv4.
   std::string text() const {
     char text[INET6_ADDRSTRLEN] = "";
     const void *address = &in.sin_addr;
@@ -1877,7 +1894,7 @@ inline int connect_error(int fd) {
   return error;
 }
 
-// The port that a socket can be bound to; 0, and errno, if there is none.
+// Binds a socket to find a port: returns it, or 0 and sets errno.
 inline int bindable_port(const Endpoint &endpoint) {
   SocketAddress address(endpoint);
   const auto fd = new_socket(address.in.sin_family);
@@ -1940,7 +1957,7 @@ private:
 //   add     false, and errno, if the kernel has no room for the socket
 //   remove  needed even before a close: a child that was just forked holds the
 //           socket open until execve(2), and events for it would go on
-//   wait    waits until `until`, but at most `max_wait`, notes in the sockets
+//   wait    waits for an event or for time_left(until), notes in the sockets
 //           what they are ready for, and lists those that had an event
 #ifdef __linux__
 // Sockets are registered once, edge-triggered, because changing the interest
@@ -1996,8 +2013,8 @@ public:
     for (const auto socket : watched_) {
       const int wanted =
           (socket->readable ? 0 : POLLIN) | (socket->writable ? 0 : POLLOUT);
-      // Exclude it, or poll() would report POLLHUP forever. Until then it may
-      // still report a reset.
+      // Exclude a socket that has ended and from which nothing is wanted, or
+      // poll() would report POLLHUP forever.
       const bool over = !wanted && socket->ended;
       fds.push_back(
           {over ? -1 : socket->fd.get(), static_cast<short>(wanted), 0});
@@ -2035,6 +2052,8 @@ public:
   };
   using Memory = std::unique_ptr<char[], Unmap>;
 
+  BufferPool() { spare_.reserve(max_spare); } // release() must not throw
+
   Memory take() {
     if (!spare_.empty()) {
       auto memory = std::move(spare_.back());
@@ -2048,10 +2067,12 @@ public:
     return Memory(static_cast<char *>(memory));
   }
   void release(Memory memory) {
-    if (spare_.size() < 16) { spare_.push_back(std::move(memory)); }
+    if (spare_.size() < max_spare) { spare_.push_back(std::move(memory)); }
   }
 
 private:
+  static constexpr std::size_t max_spare = 16;
+
   std::vector<Memory> spare_;
 };
 
@@ -2075,19 +2096,21 @@ public:
     char *at = data_.get() + begin_ + position;
     std::memmove(at, at + 1, size() - position - 1);
     --end_;
+    if (empty()) { clear(); }
   }
   void clear() {
     begin_ = end_ = 0;
     if (data_) { pool_.release(std::move(data_)); }
   }
-  // `bytes` have to fit.
+  // `bytes` must fit behind the content: nothing is moved to make room.
   void append(std::string_view bytes) {
     if (bytes.empty()) { return; }
     if (!data_) { data_ = pool_.take(); }
     bytes.copy(data_.get() + end_, bytes.size());
     end_ += bytes.size();
   }
-  // Appends what has arrived, without waiting. Returns as recv(2) does.
+  // Appends what has arrived, without waiting. Returns as recv(2) does. Must
+  // not be called when full(): without room, recv(2) returns 0 as at the end.
   ssize_t receive(Socket &socket) {
     if (!data_) { data_ = pool_.take(); }
     if (end_ == WARMPROXY_MAX_HEAD_SIZE) {
@@ -2119,8 +2142,9 @@ private:
 
 // ---- Net: the event loop
 
-// Something that an event loop runs when a socket of its has an event, when its
-// deadline has come, and after Loop::notify(). It may be run without a reason.
+// Something that an event loop runs when one of its sockets has an event, when
+// its deadline has passed, and after Loop::notify(). Spurious runs are
+// possible.
 class Task {
 public:
   enum class Next {
@@ -2172,7 +2196,7 @@ public:
   std::size_t size() const { return size_; } // of the tasks posted
 
   // From the loop's own thread:
-  // Waits once, until `until` but at most `max_wait`, and handles events.
+  // Waits once, for an event, a timer or time_left(until), and handles events.
   void turn(Time until) {
     if (!timers_.empty()) { until = std::min(until, timers_.begin()->first); }
     events_.clear();
@@ -2190,7 +2214,7 @@ public:
       run(task);
     }
   }
-  Time now() const { return now_; } // when this turn began
+  Time now() const { return now_; } // when the wait of this turn ended
   bool watch(Socket &socket) { return poller_.add(socket); }
   void forget(Socket &socket) {
     poller_.remove(socket);
@@ -2251,7 +2275,7 @@ private:
   Wakeup wakeup_;
   std::atomic<bool> notified_{false};
   std::atomic<std::size_t> size_{0};
-  std::mutex mutex_; // of the next two
+  std::mutex mutex_; // guards posted_ and resumed_
   std::list<std::unique_ptr<Task>> posted_;
   std::vector<Task *> resumed_;
 
@@ -2266,8 +2290,9 @@ private:
 // A connection to the target, in use or idle.
 struct Upstream : Socket {
   std::uint64_t generation = 0; // of the target
-  const void *client = nullptr; // the only client that may use it; null: any
-  bool authenticated = false;   // NTLM or Negotiate logged its client in
+  // The only client that may use it; null: any; the pool: none (see retire()).
+  const void *client = nullptr;
+  bool authenticated = false; // NTLM or Negotiate logged its client in
   Time idle_since{};
 
   // Whether an idle one has neither been closed nor sent anything.
@@ -2278,8 +2303,8 @@ struct Upstream : Socket {
   }
 };
 
-// The upstream connections of one event loop. Idle ones are reused from the
-// most recently used one on, which the target is least likely to have closed.
+// The upstream connections of one event loop. The most recently used idle one
+// is reused first: the target is least likely to have closed it.
 class UpstreamPool : public Task {
 public:
   explicit UpstreamPool(Loop &loop) : loop_(loop) {}
@@ -2305,18 +2330,22 @@ public:
   std::unique_ptr<Upstream> take(const void *client, std::uint64_t generation,
                                  bool repeatable, Task &user) {
     while (auto upstream = remove_idle(client)) {
+      if (upstream->generation != generation) {
+        close(std::move(upstream));
+        continue;
+      }
       const auto idle = loop_.now() - upstream->idle_since;
-      const bool lasts = patient_ == generation && idle < fresh_time;
+      const bool lasts = lasting_generation_ == generation && idle < fresh_time;
       if (!repeatable && !lasts && !upstream->authenticated) {
         retire(std::move(upstream)); // a new one takes its place
         return {};
       }
       // A target that closes an idle connection may send something first, such
       // as a 408, which must not become the response to the next request. It
-      // has no time for that between two requests in close succession, and to
-      // look every time would be a fifth of a request's system calls.
+      // cannot have done so within 20 ms, and a recv(2) for every request would
+      // be a fifth of its system calls.
       const bool just_used = idle < milliseconds(20) && !upstream->readable;
-      if (upstream->generation == generation && !upstream->ended &&
+      if (!upstream->ended &&
           ((repeatable && just_used) || upstream->is_silent())) {
         upstream->owner = &user;
         return upstream;
@@ -2341,14 +2370,14 @@ public:
   }
 
   // Closes a connection that could be reused but must not be. The first one of
-  // each target is kept, out of use, until it is known whether the target
-  // leaves it open.
+  // each generation stays idle and unused instead, to learn whether the target
+  // leaves idle connections open.
   void retire(std::unique_ptr<Upstream> upstream) {
     const auto generation = upstream->generation;
-    if (patient_ == generation || tested_ == generation) {
+    if (lasting_generation_ == generation || tested_generation_ == generation) {
       return close(std::move(upstream));
     }
-    tested_ = generation;
+    tested_generation_ = generation;
     upstream->client = this;
     release(std::move(upstream));
   }
@@ -2376,12 +2405,16 @@ public:
       // Whatever a target sends or does on an idle connection ends it.
       upstream.readable = upstream.readable && !upstream.is_silent();
       if (upstream.readable || upstream.ended) {
-        if (idle < fresh_time) { patient_ = tested_ = 0; }
+        for (auto *generation : {&lasting_generation_, &tested_generation_}) {
+          const bool is_known = *generation == upstream.generation;
+          if (is_known && idle < fresh_time) { *generation = 0; }
+        }
         return true;
       }
-      if (idle >= fresh_time) { patient_ = upstream.generation; }
+      if (idle >= fresh_time) { lasting_generation_ = upstream.generation; }
       return close_all || idle >= idle_timeout ||
-             (upstream.client == this && patient_ == upstream.generation);
+             (upstream.client == this &&
+              lasting_generation_ == upstream.generation);
     });
     return Next::wait;
   }
@@ -2418,7 +2451,8 @@ private:
     idle_count_ = idle_.size();
   }
 
-  // Leaves room for one more where clients come for one request each.
+  // Closes the oldest idle connections beyond one per client connection plus
+  // WARMPROXY_SPARE_UPSTREAMS.
   void limit() {
     const auto most = loop_.size() + WARMPROXY_SPARE_UPSTREAMS;
     if (open_ <= most) { return; }
@@ -2432,9 +2466,10 @@ private:
 
   Loop &loop_;
   std::vector<std::unique_ptr<Upstream>> idle_; // the oldest first
-  // The life of the target that is known to leave idle connections open for
-  // `fresh_time`, and the one for which retire() has set one aside.
-  std::uint64_t patient_ = 0, tested_ = 0;
+  // The generation that leaves idle connections open for `fresh_time`.
+  std::uint64_t lasting_generation_ = 0;
+  // The generation for which retire() has set one aside to find that out.
+  std::uint64_t tested_generation_ = 0;
   std::size_t open_ = 0; // connections, those in use included
   std::atomic<std::size_t> idle_count_{0};
   std::atomic<bool> close_all_{false};
@@ -2442,7 +2477,7 @@ private:
 
 // ---- Process: finding the program ------------------------------------------
 
-// Ends a start; what() is the reason.
+// Makes a start fail with this reason, as what() of a std::runtime_error.
 [[noreturn]] inline void fail_start(const std::string &reason) {
   throw std::runtime_error(reason);
 }
@@ -2488,8 +2523,8 @@ inline std::string find_place(const std::string &name) {
   return found;
 }
 
-// Absolute, since the target may run elsewhere. The parents are resolved by the
-// kernel, for which `link/../x` is not `x`. The last component never is:
+// Absolute, since the target may run elsewhere. Symbolic links in the
+// parents are resolved, because of `link/../x`. The last component is not:
 // busybox and virtual environments are links that go by their names.
 inline std::string absolute_path(const std::filesystem::path &place) {
   std::error_code error;
@@ -5247,7 +5282,7 @@ private:
   }
 
   // The upstream connection ended before a response. Only a request that
-  // changes nothing is sent again, and once at most on a new connection; an
+  // changes nothing is sent again, and once at most on a new connection; a
   // stale idle one is no evidence about the target.
   bool no_response() {
     if (upload_.moved) {
@@ -5443,7 +5478,8 @@ private:
     if (!request_.framing.done() || upstream_->authenticated) {
       upstream_->client = &client_;
     }
-    if (upstream_->client && (shared_.config.behind_front() || !keep_alive_)) {
+    if (upstream_->client &&
+        (shared_.config.behind_trusted_proxy() || !keep_alive_)) {
       worker_.pool.retire(std::move(upstream_));
     } else {
       worker_.pool.release(std::move(upstream_));
@@ -5557,14 +5593,7 @@ public:
     return Next::yield;
   }
   Time deadline() const override { return deadline_; }
-  // An own route has responded, if it was not the first run.
-  void resumed() override {
-    if (!loan_) { return; }
-    socket.readable = socket.writable = true; // the next call finds out
-    received.append(loan_->received);
-    keep_alive_ = loan_->keep_alive && !shared_.draining;
-    loan_.reset();
-  }
+  void resumed() override { returned_ = loan_ != nullptr; }
 
 private:
   using Step = std::optional<Next>; // nothing: go on
@@ -5572,7 +5601,7 @@ private:
   Step step() {
     if (linger_until_) { return linger(); }
     if (!request_) { return read_request(); }
-    if (loan_) { return Next::wait; }
+    if (loan_) { return await_return(); }
     return request_->exchange ? exchange() : send_response();
   }
 
@@ -5721,6 +5750,15 @@ private:
     return {};
   }
 
+  Step await_return() {
+    if (!std::exchange(returned_, false)) { return Next::wait; }
+    socket.readable = socket.writable = true; // the next call finds out
+    keep_alive_ = loan_->keep_alive && !shared_.draining;
+    const auto loan = std::move(loan_);
+    received.append(loan->received);
+    return {};
+  }
+
   // ---- An exchange with the target
 
   Step begin_exchange() {
@@ -5797,6 +5835,7 @@ private:
   std::size_t searched_ = 0; // bytes without the end of a head
   std::optional<Request> request_;
   std::shared_ptr<Loan> loan_;       // while an own route serves the connection
+  bool returned_ = false;            // the own route has responded
   Flow response_;                    // of our own
   bool keep_alive_ = false;          // after it, or the own route's
   std::optional<Time> linger_until_; // the client has closed, too
@@ -5967,13 +6006,8 @@ private:
   // False if it takes descriptors or memory that others have to free.
   bool accept_one(bool full) {
     SocketAddress address;
-#ifdef SOCK_CLOEXEC
     Descriptor client(::accept4(listening_.fd.get(), address.get(),
                                 &address.size, SOCK_CLOEXEC));
-#else
-    Descriptor client(
-        ::accept(listening_.fd.get(), address.get(), &address.size));
-#endif
     if (!client) {
       listening_.readable = errno != EAGAIN;
       return would_block(errno) || errno == ECONNABORTED;

@@ -1132,6 +1132,23 @@ TEST_CASE(
   }
 }
 
+TEST_CASE("forwarding: the status line keeps the space of an empty reason") {
+  const auto request = head_of("GET / HTTP/1.1", "Host: a\r\n");
+  for (const std::string line : {"HTTP/1.1 200", "HTTP/1.1 200 "}) {
+    CHECK(answered(request, head_of(line, "A: 1\r\n")) ==
+          "HTTP/1.1 200 \r\nA: 1\r\n\r\n");
+  }
+}
+
+TEST_CASE("forwarding: a prefix counts without the slashes around it") {
+  for (const auto *given : {"a/b", "/a/b", "//a/b//"}) {
+    CHECK(normalized_prefix(given) == "/a/b");
+  }
+  for (const auto *given : {"", "/", "//"}) {
+    CHECK(normalized_prefix(given) == "");
+  }
+}
+
 TEST_CASE("forwarding: CORS is answered for the target") {
   Situation setting;
   setting.config.cors_origins = {"https://a.example"};

@@ -173,6 +173,12 @@ struct Head {
   }
 };
 
+// As it is sent on: the space is required even without a reason phrase (RFC
+// 9112, section 4).
+inline std::string sent_reason(const std::string &reason) {
+  return reason.size() == 3 ? reason + " " : reason;
+}
+
 // Up to and with the first empty line; empty: there is none. Where `lenient`,
 // lines may end in LF alone.
 inline Bytes head_of(Bytes bytes, bool lenient) {
