@@ -2633,7 +2633,8 @@ inline std::string path_within(const std::string &folder,
 // another folder.
 class ScratchCopy {
 public:
-  // `source` is canonical. `check` is called all the time and may throw.
+  // `source` is canonical. `check` is called between all steps and may throw,
+  // to cancel the copy.
   ScratchCopy(std::string source, const std::string &scratch, const Log &log,
               const std::function<void()> &check)
       : source_(std::move(source)), log_(log), check_(check) {
@@ -2836,16 +2837,27 @@ private:
     if (::close(writing.release()) != 0) { fail_start_at(to, errno); }
   }
 
-  // What a symbolic link holds in the copy. A relative one that leads out of
-  // the directory must still find its file. The text alone does not show that,
-  // since the kernel resolves links on the way.
+  // What a symbolic link holds in the copy: a relative one must still find its
+  // file if it leaves the directory ("../lib"), or leaves and enters it again
+  // ("../app/lib"). The text alone does not show that, since the kernel
+  // resolves links on the way.
   std::string link_text(const Entry &entry) const {
-    const std::filesystem::path from = concat(source_, "/", entry.path);
-    const auto absolute = from.parent_path() / entry.link;
+    const std::filesystem::path path = entry.path, link = entry.link;
+    const auto folder = source_ / path.parent_path();
+    const auto absolute = folder / link;
+    const bool is_parent = absolute.filename() == "..";
     std::error_code error;
-    const std::string real = std::filesystem::weakly_canonical(
-        absolute.filename() == ".." ? absolute : absolute.parent_path(), error);
-    return is_below(real, source_) ? entry.link : absolute.string();
+    auto real = std::filesystem::weakly_canonical(
+        is_parent ? absolute : absolute.parent_path(), error);
+    if (real != source_ && path_within(source_, real.string()).empty()) {
+      return absolute.string();
+    }
+    const auto text = (path.parent_path() / link).lexically_normal();
+    if (link.is_absolute() || text.empty() || *text.begin() != "..") {
+      return entry.link;
+    }
+    if (!is_parent) { real /= absolute.filename(); }
+    return real.lexically_relative(folder).string();
   }
 
   const std::string source_;
@@ -3008,17 +3020,20 @@ template <typename F> bool for_each_member(pid_t group, F function) {
   bool known = false;
   std::error_code error;
   for (const auto &name : names_in("/proc", error)) {
-    pid_t pid = 0, of = 0;
+    pid_t pid = 0, process_group = 0;
     char state = 0;
     if (!to_number(name, pid)) { continue; }
     const auto text = read_start(concat("/proc/", name, "/stat"));
     const auto end = text.rfind(')'); // the program's name may have one, too
     if (end == std::string::npos ||
-        std::sscanf(text.c_str() + end, ") %c %*d %d", &state, &of) != 2) {
+        std::sscanf(text.c_str() + end, ") %c %*d %d", &state,
+                    &process_group) != 2) {
       continue;
     }
     known = true;
-    if (of == group && state != 'Z' && state != 'X') { function(pid); }
+    if (process_group == group && state != 'Z' && state != 'X') {
+      function(pid);
+    }
   }
   return known;
 }
@@ -3251,14 +3266,16 @@ private:
 #endif
     if (::getppid() != parent) { ::_exit(127); } // we died just before
     watchdog_.watch(pid_);
-    for (int number = 1; number < NSIG; ++number) { // httplib ignores SIGPIPE
-      ::signal(number, SIG_IGN);                    // what is pending is for us
+    // Default actions, since cpp-httplib ignores SIGPIPE. SIG_IGN first
+    // discards what was sent to our own process group.
+    for (int number = 1; number < NSIG; ++number) {
+      ::signal(number, SIG_IGN);
       ::signal(number, SIG_DFL);
     }
     sigset_t none;
     ::sigemptyset(&none);
     ::sigprocmask(SIG_SETMASK, &none, nullptr);
-    ::close(0); // now the next one is 0, and there is room for it
+    ::close(0); // so that open(2) returns 0, even at the limit on descriptors
     ::open("/dev/null", O_RDONLY);
     close_from(3, true);
     ::setrlimit(RLIMIT_NOFILE, &files_);
@@ -3290,8 +3307,9 @@ private:
   }
 
   // SIGTERM goes to the target alone at first: launchers (npm, cross-env) pass
-  // it on, and a second one ends a polite server at once. But a plain shell
-  // just dies of it, and its child gets no signal.
+  // it on, and a second one makes many servers exit at once. A plain shell dies
+  // without passing it on, so the rest of the group gets its own SIGTERM: after
+  // a tenth of the remaining time when the target has exited, or at half time.
   void end_politely(SteadyClock::time_point deadline) {
     if (!exited()) {
       ::kill(pid_, SIGTERM);
@@ -3319,8 +3337,9 @@ private:
 
 // ---- Supervisor: the readiness probe
 
-// How long to wait after a connect that was refused. It costs 15 us, so one
-// every 250 us takes 6 % of a core, and soon less; never is it 2 ms late.
+// How long to wait after a refused connect. One costs 15 us, so one every 250
+// us takes 6 % of a core. The pause grows to 2 ms, which is then the most that
+// readiness is noticed late.
 inline Time::duration connect_pause(Time::duration elapsed) {
   return std::clamp<Time::duration>(
       elapsed / 2000, std::chrono::microseconds(250), milliseconds(2));
@@ -3474,8 +3493,11 @@ private:
     Uri uri;
     const bool here =
         split_uri(location, uri) &&
-        (uri.scheme.empty() || (equals_ignore_case(uri.scheme, "http") &&
-                                equals_ignore_case(uri.authority, host_)));
+        (uri.scheme.empty() ||
+         (equals_ignore_case(uri.scheme, "http") &&
+          is_one_of(uri.authority,
+                    {host_, endpoint().text(),
+                     concat("localhost:", decimal(endpoint().port))})));
     if (!here) { return {}; }
     return concat(starts_with(uri.path, "/") ? "" : "/", uri.path);
   }
@@ -3730,6 +3752,7 @@ public:
 
   // Stops it for good, and does not wait; join() does.
   void stop(SteadyClock::time_point deadline) {
+    if (stopping_) { return; }
     stop_deadline_ = deadline;
     stopping_ = true;
     drain();
@@ -3773,7 +3796,7 @@ private:
     lease.supervisor_ = this;
     lease.generation_ = status_.starts;
     lease.endpoint_ = endpoint_;
-    if (lease.since_ != SteadyClock::time_point::max()) {
+    if (lease.since_ <= up_since_) { // it waited for the start, not a reload
       lease.server_timing_ = concat(
           "Server-Timing: warmproxy;desc=\"cold start\";dur=",
           in_milliseconds(SteadyClock::now() - lease.since_),
@@ -3810,8 +3833,9 @@ private:
     start_at_ = later(RunningClock::now(), pause_);
   }
 
-  // Ends a start, or the target. The log gets `line`, or else the reason.
-  // Always false.
+  // Logs a failed start or target (`line`, or else `reason`), delays the next
+  // start and fails the pending requests. Returns false, for the caller to
+  // return; run() then ends the process.
   bool fail(int status, const std::string &reason,
             const std::string &line = {}) {
     log_(line.empty() ? reason : line);
@@ -3945,11 +3969,11 @@ private:
       if (is_ready(now)) { return true; }
       if (!process_.started() &&
           probe_.latest().state() == Probe::State::no_connection) {
-        return false; // it was not ours, and has gone: start the program
+        return false; // gone, and not ours: requests ask for a start again
       }
       const auto grace_end = later(probe_.latest().asked_at(), last_grace);
       if (over && (!probe_.is_open() || now >= grace_end)) {
-        return give_up(now);
+        return on_startup_timeout(now);
       }
       if (now >= report_at) {
         const auto problem = listening_problem();
@@ -4012,10 +4036,10 @@ private:
                   " or make it listen on $PORT");
   }
 
-  // The time for the start is over. A maintenance page is better passed on than
-  // killed, but not if a health_path was set. Returns whether the target
-  // is used.
-  bool give_up(Time now) {
+  // The startup timeout is over. Returns whether the target is used as it is: a
+  // maintenance page is better passed on than killed, unless a health_path was
+  // set.
+  bool on_startup_timeout(Time now) {
     const auto time = concat(in_seconds(config_.startup_timeout), " s");
     const auto &latest = probe_.latest();
     if (latest.state() == Probe::State::not_yet && now >= settled_at_ &&
@@ -4067,7 +4091,7 @@ private:
         if (!process_.started()) { return; }
         refusing_since = std::min(refusing_since, now);
         if (now >= later(refusing_since, config_.startup_timeout)) {
-          if (!give_up_refusing()) { return; }
+          if (!on_refusal_timeout()) { return; }
           refusing_since = now;
         }
         until = now + connect_pause(now - refusing_since);
@@ -4088,7 +4112,7 @@ private:
   // A target that refuses connections is ended, but not in the middle of a
   // response: any lease there is now stands for one, since a request that was
   // dialing has been refused, too. Returns whether it is left running.
-  bool give_up_refusing() {
+  bool on_refusal_timeout() {
     const auto reason = concat("target has refused connections for ",
                                in_seconds(config_.startup_timeout),
                                " s; see WARMPROXY_STARTUP_TIMEOUT");
@@ -4104,7 +4128,7 @@ private:
     if (lived >= milliseconds(250)) {
       pause_ = milliseconds(0);
     } else if (pause_.count() == 0) {
-      pause_ = milliseconds(50); // the first time it may be chance
+      pause_ = milliseconds(50); // no pause yet: one early exit may be chance
     } else {
       back_off();
     }
@@ -4173,7 +4197,8 @@ private:
   std::atomic<SteadyClock::time_point> stop_deadline_{
       SteadyClock::time_point::max()};
   bool wanted_ = false;
-  // Of the request that woke the target, of the latest one that waits, none.
+  // The Hosts that probes take in turns: [0] of the request that triggered the
+  // start, [1] of the latest one that had to wait, [2] empty, for localhost.
   std::string hosts_[3];
   Endpoint endpoint_;
   Status status_; // but for its state, pid, port and up_for
@@ -4283,7 +4308,7 @@ private:
       const auto n = ::send(socket_.get(), unsent_.data(), unsent_.size(),
                             MSG_DONTWAIT | MSG_NOSIGNAL);
       if (n < 0 && would_block(errno)) { return; }
-      // The platform is gone: there is nobody to notify.
+      // The platform has closed the socket: discard the backlog.
       unsent_.erase(0, n > 0 ? static_cast<std::size_t>(n) : unsent_.npos);
     }
   }
@@ -4375,8 +4400,8 @@ small { font-size: .9rem; font-variant-numeric: tabular-nums }
 )html";
 
 // One request is kept open until the target is up: an instance that a platform
-// freezes between requests would not go on starting. Each failure but 503 ends
-// the wait, and with it what the Refresh header began.
+// freezes between requests would not go on starting. Any failure but 503 ends
+// the wait, and window.stop() a reload that the Refresh header has begun.
 inline constexpr std::string_view waiting_part =
     R"html(<title>%starting</title>
 <noscript><meta http-equiv="refresh" content="2; url=%url"></noscript>
@@ -4932,7 +4957,10 @@ call_pre_routing_handler(const httplib::Server::HandlerWithResponse &handler,
   } catch (const std::exception &error) {
     log(concat("pre-routing handler failed: ", error.what()));
     return Reply{500, {}, {}, {}};
-  } catch (...) { return Reply{500, {}, {}, {}}; }
+  } catch (...) {
+    log("pre-routing handler failed: unknown exception");
+    return Reply{500, {}, {}, {}};
+  }
   Reply reply{response.status > 0 ? response.status : 200,
               {},
               {},
@@ -4985,8 +5013,9 @@ public:
     publish();
   }
 
-  // From any thread.
-  Time longest() const { return longest_; }
+  // From any thread: since when the one idle for longest is idle; max(): none
+  // is.
+  Time oldest_idle_since() const { return oldest_idle_since_; }
   void make_room() { loop_.resume(*this); }
 
   void resumed() override {
@@ -5000,12 +5029,13 @@ public:
 
 private:
   void publish() {
-    longest_ = idle_.empty() ? Time::max() : idle_.front()->idle_since;
+    oldest_idle_since_ =
+        idle_.empty() ? Time::max() : idle_.front()->idle_since;
   }
 
   Loop &loop_;
   std::list<Client *> idle_; // the longest idle one first
-  std::atomic<Time> longest_{Time::max()};
+  std::atomic<Time> oldest_idle_since_{Time::max()};
 };
 
 struct Worker;
@@ -5051,8 +5081,7 @@ struct Shared {
 struct Worker {
   explicit Worker(Shared &s)
       : shared(s), loop(s.log), pool(loop), idle_clients(loop) {
-    // Not before the connection is no longer counted, or whoever waits for its
-    // end would miss it.
+    // on_close runs after size() has dropped, so drain() sees the new count.
     loop.on_close = [&s] {
       if (s.waiting_for_end) { s.workers.front()->loop.wake(); }
     };
@@ -5104,7 +5133,7 @@ struct Flow {
     }
   }
 
-  // Sends what is pending. False if the sink takes no more.
+  // Sends what is pending and the sink has room for. False if the sink failed.
   bool write() {
     const auto body = source.view();
     iovec parts[] = {{head.data() + sent, head.size() - sent},
@@ -5140,7 +5169,7 @@ struct Flow {
   Framing framing;
   bool dechunk = false; // send the content of the chunks alone
   bool moved = false;   // something was sent
-  bool stopped = false; // the sink takes no more
+  bool stopped = false; // writing failed
   bool shut = false;    // shutdown(2) was called on the sink
 };
 
@@ -5167,12 +5196,12 @@ public:
         download_(received_, &client.socket) {
     upload_.framing = request.framing;
     if (shared_.config.waiting_page_after.count() && wants_page(request)) {
-      impatient_at_ = worker_.after(shared_.config.waiting_page_after);
+      check_at_ = worker_.after(shared_.config.waiting_page_after);
     }
   }
   ~Exchange() {
     if (endless_) { --shared_.endless; }
-    // It must not look complete: abort with RST.
+    // A close-delimited response must not look complete: abort with RST.
     if (until_close_ && !download_.finished()) {
       reset_on_close(client_.socket.fd.get());
     }
@@ -5182,16 +5211,16 @@ public:
   // Moves bytes in both directions at once, each until its framing is done.
   Result run() {
     moved_ = false;
-    if ((upstream_ ? act_on_silence() : await_target()) && write_both() &&
+    if ((upstream_ ? check_progress() : await_target()) && write_both() &&
         read_from_client() && read_from_target()) {
       return moved_ || upload_.can_write() || download_.can_write()
                  ? Result::go_on
                  : Result::wait;
     }
-    if (result_ == Result::done) { give_upstream_back(); }
+    if (result_ == Result::done) { release_upstream(); }
     return result_;
   }
-  Time deadline() const { return std::min(impatient_at_, gone_at_); }
+  Time deadline() const { return std::min(check_at_, gone_at_); }
   // Whether the client's connection can serve another request after `done`.
   bool keep_alive() const { return keep_alive_; }
   const Reply &reply() const { return reply_; }
@@ -5235,7 +5264,7 @@ private:
     switch (shared_.supervisor.acquire(lease_, request_.host(), failure)) {
     case Supervisor::Access::granted: break;
     case Supervisor::Access::pending:
-      return worker_.loop.now() < impatient_at_
+      return worker_.loop.now() < check_at_
                  ? end(Result::wait)
                  : respond(waiting_page(request_, lease_.waited()));
     case Supervisor::Access::failed:
@@ -5250,7 +5279,7 @@ private:
   }
 
   bool open_upstream() {
-    impatient_at_ = Time::max();
+    check_at_ = Time::max();
     // What has met a stale connection gets a new one.
     if (sends_left_ == WARMPROXY_MAX_ATTEMPTS) {
       upstream_ = worker_.pool.take(&client_, lease_.generation(), repeatable_,
@@ -5264,7 +5293,7 @@ private:
             worker_.pool.open(std::move(fd), lease_.generation(), client_);
       }
       if (!upstream_) { return connect_failed(errno); }
-      impatient_at_ = worker_.after(patience_);
+      check_at_ = worker_.after(check_interval_);
     }
     upload_.sink = upstream_.get();
     target_authority_ = lease_.endpoint().text();
@@ -5301,10 +5330,10 @@ private:
   // again after 1, 3 and 7 s. Another attempt gets in as soon as there is room,
   // which 200 first requests at once need. So it goes on for as long as the
   // client waits: a busy target is not a dead one.
-  bool act_on_silence() {
-    if (worker_.loop.now() < impatient_at_) { return true; }
-    patience_ = std::min<milliseconds>(patience_ * 2, seconds(1));
-    const bool stalled = patience_.count() > WARMPROXY_STALL_TIMEOUT;
+  bool check_progress() {
+    if (worker_.loop.now() < check_at_) { return true; }
+    check_interval_ = std::min<milliseconds>(check_interval_ * 2, seconds(1));
+    const bool stalled = check_interval_.count() > WARMPROXY_STALL_TIMEOUT;
     // A server of one connection at a time may be blocked on an idle one.
     if (stalled) { shared_.close_idle_upstreams(); }
     if (!upload_.moved && !upstream_->writable) {
@@ -5312,7 +5341,7 @@ private:
       upload_.head.clear();
       return open_upstream();
     }
-    impatient_at_ = stalled ? Time::max() : worker_.after(patience_);
+    check_at_ = stalled ? Time::max() : worker_.after(check_interval_);
     return true;
   }
 
@@ -5391,7 +5420,7 @@ private:
                  ? no_response()
                  : bad_response("it ended within its head");
     }
-    // Only these two may end so; anything else is in the middle of its body.
+    // Only these two end with the connection; any other body is truncated.
     if (!orderly || download_.framing.mode() < Framing::Mode::until_close) {
       return end(Result::abort);
     }
@@ -5429,7 +5458,7 @@ private:
 
   void begin_response() {
     responding_ = true;
-    impatient_at_ = Time::max();
+    check_at_ = Time::max();
     download_.framing = response_.framing;
     if (response_.switching) {
       upload_.framing = download_.framing = Framing(Framing::Mode::tunnel);
@@ -5456,7 +5485,7 @@ private:
         .write_response(response_, keep_alive_, lease_.server_timing());
   }
 
-  // ---- What becomes of the upstream connection
+  // ---- Releasing the upstream connection
 
   // What the target may have left unread, or sent too much, must not become
   // part of the next exchange.
@@ -5468,7 +5497,7 @@ private:
            (request_.method != "HEAD" || upstream_->authenticated);
   }
 
-  void give_upstream_back() {
+  void release_upstream() {
     if (!upstream_lasts() || !upload_.finished() || upload_.stopped ||
         !received_.empty() || upstream_->ended || shared_.draining) {
       return; // it is closed with the exchange
@@ -5508,11 +5537,12 @@ private:
   bool moved_ = false; // in this round of the pump
   Result result_ = Result::wait;
   Reply reply_;
-  // When a browser is shown the waiting page; then act_on_silence().
-  Time impatient_at_ = Time::max();
-  milliseconds patience_{20};  // with a target that is silent
-  bool half_closed_ = false;   // the client sends no more,
-  Time gone_at_ = Time::max(); // and then counts as gone
+  // Before the lease is granted: when a browser gets the waiting page. On a new
+  // upstream connection: when check_progress() is due.
+  Time check_at_ = Time::max();
+  milliseconds check_interval_{20}; // of check_progress(); doubles up to 1 s
+  bool half_closed_ = false;        // the client sends no more,
+  Time gone_at_ = Time::max();      // and then counts as gone
 };
 
 // ---- Connection: one client, one request after the other --------------------
@@ -5541,7 +5571,7 @@ struct Request {
     return {};
   }
 
-  // Tells the platform, once.
+  // Reports the end of the invocation to the platform, once.
   void end_invocation() {
     if (!invocation_id.empty()) {
       vercel->end(invocation_id, request_id, background_work);
@@ -5579,7 +5609,7 @@ public:
   Next run() override {
     if (!socket.owner) { // it was constructed in another thread
       socket.owner = this;
-      if (!worker_.loop.watch(socket)) { throw std::bad_alloc(); }
+      if (!worker_.loop.watch(socket)) { throw_errno("epoll_ctl"); }
       await_request();
     }
     if (shared_.aborting) {
@@ -5733,7 +5763,7 @@ private:
       loan.keep_alive_line = "Connection: keep-alive\r\n";
     }
     const auto timeout = shared_.config.keep_alive_timeout;
-    if (timeout >= seconds(1)) {
+    if (timeout >= seconds(1) && timeout <= std::chrono::hours(24)) {
       append(loan.keep_alive_line,
              "Keep-Alive: timeout=", decimal(timeout.count() / 1000), "\r\n");
     }
@@ -5756,7 +5786,7 @@ private:
     keep_alive_ = loan_->keep_alive && !shared_.draining;
     const auto loan = std::move(loan_);
     received.append(loan->received);
-    return {};
+    return {}; // send_response() has nothing to send and finishes
   }
 
   // ---- An exchange with the target
@@ -5896,7 +5926,7 @@ public:
   }
 
   // Serves until stop(), drains, and returns once the target has stopped. False
-  // if it cannot accept, or was called before.
+  // if nothing is bound or can be watched, or if it was called before.
   bool run() {
     const std::unique_lock<std::mutex> lock(run_mutex_, std::try_to_lock);
     if (!lock || has_run_.exchange(true)) { return false; }
@@ -6018,9 +6048,11 @@ private:
                        "get 503 (see WARMPROXY_MAX_CONNECTIONS and the limit "
                        "on open files)");
     }
-    auto &worker = least([](const Worker &w) { return w.loop.size(); });
-    worker.loop.post(std::make_unique<Connection>(worker, std::move(client),
-                                                  address, over_limit));
+    try {
+      auto &worker = least([](const Worker &w) { return w.loop.size(); });
+      worker.loop.post(std::make_unique<Connection>(worker, std::move(client),
+                                                    address, over_limit));
+    } catch (const std::bad_alloc &) { return false; }
     return true;
   }
 
@@ -6028,9 +6060,9 @@ private:
   // none is idle.
   bool make_room() {
     auto &clients = least([](const Worker &w) {
-                      return w.idle_clients.longest();
+                      return w.idle_clients.oldest_idle_since();
                     }).idle_clients;
-    if (clients.longest() == Time::max()) { return false; }
+    if (clients.oldest_idle_since() == Time::max()) { return false; }
     clients.make_room();
     return true;
   }
@@ -6047,7 +6079,7 @@ private:
 
   // ---- Server: draining
 
-  // One budget, stop_timeout. Requests may finish; when only those are left
+  // One budget, stop_timeout. Requests are drained; when only those are left
   // that the target itself has to end, or half of the budget is used, the
   // target gets SIGTERM. What is left at the end of the budget is aborted.
   void drain() {
@@ -6202,8 +6234,9 @@ struct Setting {
   std::function<bool()> is_valid;
 
   std::string variable() const {
-    const bool is_ours = field != "host" && field != "port";
-    auto name = concat(is_ours ? "WARMPROXY_" : "", field);
+    const bool has_prefix =
+        field != "host" && field != "port"; // platforms set PORT
+    auto name = concat(has_prefix ? "WARMPROXY_" : "", field);
     for (auto &c : name) {
       if (c >= 'a' && c <= 'z') { c = static_cast<char>(c - 32); }
     }
@@ -6342,11 +6375,13 @@ inline std::string validate(Options options) {
 // none; empty for all others.
 inline std::string unknown_setting(std::string_view variable) {
   const auto name = until(variable, '=');
-  // Kubernetes sets the second and third for a Service named "warmproxy".
-  if (!starts_with(name, "WARMPROXY_") || starts_with(name, "WARMPROXY_PORT") ||
-      starts_with(name, "WARMPROXY_SERVICE_")) {
-    return {};
-  }
+  // Kubernetes sets these for a Service named "warmproxy"; WARMPROXY_PORT is
+  // then a URL, "tcp://10.0.0.1:80".
+  const bool is_of_service =
+      starts_with(name, "WARMPROXY_SERVICE_") ||
+      starts_with(name, "WARMPROXY_PORT_") ||
+      (name == "WARMPROXY_PORT" && contains(variable, "://"));
+  if (!starts_with(name, "WARMPROXY_") || is_of_service) { return {}; }
   Options none;
   for (const auto &setting : settings(none)) {
     if (setting.variable() == name) { return {}; }
@@ -6531,15 +6566,15 @@ inline sigset_t block_signals() {
   ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   ::signal(SIGPIPE, SIG_IGN); // as cpp-httplib does, but before the first write
   // If whoever started us ignores SIGCHLD, the kernel reaps the target itself
-  // and its exit status is lost. By default, the signal may be dropped though
-  // somebody waits for it.
+  // and its exit status is lost. With the default action, a SIGCHLD may be
+  // discarded before sigtimedwait(2) sees it.
   ::signal(SIGCHLD, [](int) {});
   return signals;
 }
 
 // Reaps what PID 1 inherits, but not the target, whose status the supervisor
-// wants. That one may hide others until it is reaped: then this returns true,
-// and is to be called again.
+// wants. waitid(2) may keep returning the target until it is reaped: then this
+// returns true, and is to be called again.
 inline bool reap_orphans(const Supervisor &supervisor) {
   siginfo_t info{};
   while (::waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) == 0 &&

@@ -5,6 +5,16 @@
 
 using namespace support;
 
+TEST_CASE("drain: costs no CPU time while the target ends its streams") {
+  ServeProcess proxy(serve_fake({"--term-delay", "600000"}));
+  RawClient stream(proxy.port());
+  stream.send("GET /sse?n=2&gate=/nonexistent HTTP/1.1\r\nHost: test\r\n\r\n");
+  stream.read_until("data: 1\n\n");
+  proxy.signal(SIGTERM);
+  CHECK(proxy.printed("stopping"));
+  CHECK(rests(proxy.pid()));
+}
+
 TEST_CASE("drain: what is in progress may finish") {
   TemporaryDirectory directory;
   for (const auto &activity : activities(directory)) {

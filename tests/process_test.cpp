@@ -316,6 +316,8 @@ TEST_CASE("scratch: a relative link that leads out is made absolute") {
   // As text, this leads out; the kernel resolves `short` first.
   symlink("a/short/../../inside", (site.app + "/through").c_str());
   symlink("/etc/passwd", (site.app + "/absolute").c_str());
+  const auto name = std::filesystem::path(site.app).filename().string();
+  symlink(("../" + name + "/a/inside").c_str(), (site.app + "/again").c_str());
   const auto copy = site.copy();
   CHECK(link_of(copy + "/a/out") == site.app + "/a/../../outside");
   CHECK(read_file(copy + "/a/out") == "o");
@@ -323,6 +325,7 @@ TEST_CASE("scratch: a relative link that leads out is made absolute") {
   CHECK(link_of(copy + "/a/deep/in") == "../a/./inside");
   CHECK(link_of(copy + "/through") == "a/short/../../inside");
   CHECK(link_of(copy + "/absolute") == "/etc/passwd");
+  CHECK(link_of(copy + "/again") == "a/inside");
 }
 
 TEST_CASE("scratch: a directory reached through a link") {

@@ -436,6 +436,7 @@ TEST_CASE("settings: a variable that is no setting is named in the log") {
       {"", false},
       // Kubernetes, for a Service named "warmproxy"
       {"WARMPROXY_PORT=tcp://10.0.0.1:80", false},
+      {"WARMPROXY_PORT=8080", true}, // PORT is meant
       {"WARMPROXY_PORT_80_TCP_ADDR=10.0.0.1", false},
       {"WARMPROXY_SERVICE_HOST=10.0.0.1", false},
       {"WARMPROXY_SERVICE_PORT_HTTP=80", false},
