@@ -1765,7 +1765,7 @@ inline constexpr milliseconds max_wait{1000};
 // Time in which this process ran. A platform that freezes instances, a SIGSTOP
 // or a suspended laptop must not make a good start or an idle connection time
 // out: since every timed wait asks for the time at least once in `max_wait`, a
-// longer silence is a gap, of which two seconds are counted.
+// silence of more than twice that is a gap, and counts as one `max_wait`.
 struct RunningClock {
   using duration = std::chrono::nanoseconds;
   using time_point = std::chrono::time_point<RunningClock>;
@@ -1775,7 +1775,8 @@ struct RunningClock {
     static duration last{0}, running{0};
     const std::lock_guard<std::mutex> lock(mutex);
     const auto real = SteadyClock::now().time_since_epoch();
-    running += std::min<duration>(real - last, 2 * max_wait);
+    const bool is_gap = real - last > 2 * max_wait;
+    running += is_gap ? duration(max_wait) : real - last;
     last = real;
     return time_point(running);
   }
@@ -3095,7 +3096,9 @@ inline std::vector<ListeningSocket> listeners_of(pid_t group) {
           "%lu",
           local, &port, &state, &inode);
       const auto it = sockets.find(concat("socket:[", decimal(inode), "]"));
-      const unsigned listening = 0x0a; // TCP_LISTEN
+      // Those that listen come first, and thousands of others may follow.
+      const unsigned syn_received = 0x03, listening = 0x0a;
+      if (fields == 4 && state != listening && state != syn_received) { break; }
       if (fields != 4 || state != listening || it == sockets.end()) {
         continue;
       }
@@ -3853,7 +3856,7 @@ private:
         end();
         continue;
       }
-      // RunningClock counts at most two seconds between two readings.
+      // RunningClock counts no more than a second or two between two readings.
       wait(RunningClock::now() < start_at_ ? start_at_ : Time::max());
     }
   }

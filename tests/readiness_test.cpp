@@ -609,11 +609,11 @@ TEST_CASE("readiness: any_port connects to nobody else") {
 
 TEST_CASE("time: a start is only timed while we run") {
   auto environment = serve_fake({"--listen-after", "1200"});
-  environment["WARMPROXY_STARTUP_TIMEOUT"] = "3500ms";
+  environment["WARMPROXY_STARTUP_TIMEOUT"] = "3s";
   SUBCASE("with a target that answers soon") {}
   SUBCASE("with one that has answered meanwhile") {
     environment = serve_fake({"--root-delay", "1200"});
-    environment["WARMPROXY_STARTUP_TIMEOUT"] = "3500ms";
+    environment["WARMPROXY_STARTUP_TIMEOUT"] = "3s";
   }
   ServeProcess proxy(environment);
   RawClient client(proxy.port());
