@@ -3021,20 +3021,14 @@ template <typename F> bool for_each_member(pid_t group, F function) {
   bool known = false;
   std::error_code error;
   for (const auto &name : names_in("/proc", error)) {
-    pid_t pid = 0, process_group = 0;
-    char state = 0;
+    pid_t pid = 0;
     if (!to_number(name, pid)) { continue; }
-    const auto text = read_start(concat("/proc/", name, "/stat"));
-    const auto end = text.rfind(')'); // the program's name may have one, too
-    if (end == std::string::npos ||
-        std::sscanf(text.c_str() + end, ") %c %*d %d", &state,
-                    &process_group) != 2) {
-      continue;
-    }
     known = true;
-    if (process_group == group && state != 'Z' && state != 'X') {
-      function(pid);
-    }
+    if (::getpgid(pid) != group) { continue; }
+    const auto text = read_start(concat("/proc/", name, "/stat"));
+    const auto end = text.rfind(") "); // the program's name may have one, too
+    const char state = end == std::string::npos ? 'X' : text[end + 2];
+    if (state != 'Z' && state != 'X') { function(pid); }
   }
   return known;
 }
