@@ -77,7 +77,7 @@ void check_forwarded(const RequestHead &head, const reference::Head &expected,
               forwarded->body.size == expected.body.size,
           "another body is forwarded");
   REQUIRE(forwarded->upgrade() == expected.upgrade(), "another upgrade");
-  REQUIRE(config.behind_front() || forwarded->values("x-forwarded-for") ==
+  REQUIRE(config.behind_trusted_proxy() || forwarded->values("x-forwarded-for") ==
                                        std::vector<std::string>{"192.0.2.7"},
           "a client is believed");
 }
