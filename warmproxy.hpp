@@ -933,6 +933,17 @@ inline LineEnd take_line(std::string_view &text, std::string_view &line) {
   return LineEnd::crlf;
 }
 
+// The value of the first header line of this name in unparsed text, or nothing.
+inline std::optional<std::string_view> find_line(std::string_view text,
+                                                 std::string_view name) {
+  for (std::string_view line; take_line(text, line) != LineEnd::none;) {
+    if (equals_ignore_case(until(line, ':'), name)) {
+      return trim(line.substr(std::min(name.size() + 1, line.size())));
+    }
+  }
+  return {};
+}
+
 // Reads header lines up to the empty one. A target's may end in a bare LF and
 // contain control characters (RFC 9110, section 5.5), a client's must not.
 inline Refusal parse_fields(std::string_view text, bool from_client,
@@ -1315,6 +1326,17 @@ inline void append_field(std::string &out, std::string_view name,
   append(out, name, ": ", value, "\r\n");
 }
 
+// Whether the client's connection persists, where its HTTP version does not say
+// so already (RFC 9112, section 9.3).
+inline void write_persistence(const RequestHead &request, bool keep_alive,
+                              std::string &out) {
+  if (!keep_alive) {
+    append_field(out, "Connection", "close");
+  } else if (request.minor == 0) {
+    append_field(out, "Connection", "keep-alive");
+  }
+}
+
 // The CORS header lines of a response to `request`.
 inline void write_cors(const RequestHead &request, const Config &config,
                        std::string &out) {
@@ -1430,13 +1452,11 @@ public:
     }
     if (cors_) { write_cors(request_, config_, out_); }
     if (!interim) { out_ += server_timing; }
-    const bool close = !keep_alive && !response.switching;
     if (upgrade_) {
+      const bool close = !keep_alive && !response.switching;
       write("Connection", close ? "close, Upgrade" : "Upgrade");
-    } else if (close) {
-      write("Connection", "close");
-    } else if (request_.minor == 0) {
-      write("Connection", "keep-alive");
+    } else {
+      write_persistence(request_, keep_alive, out_);
     }
     out_ += "\r\n";
   }
@@ -3089,13 +3109,12 @@ inline std::vector<ListeningSocket> listeners_of(pid_t group) {
           " %*d: %32[0-9A-F]:%x %*[0-9A-F]:%*x %x %*x:%*x %*x:%*x %*x %*u %*u "
           "%lu",
           local, &port, &state, &inode);
-      const auto it = sockets.find(concat("socket:[", decimal(inode), "]"));
+      if (fields != 4) { continue; } // the heading
       // Those that listen come first, and thousands of others may follow.
       const unsigned syn_received = 0x03, listening = 0x0a;
-      if (fields == 4 && state != listening && state != syn_received) { break; }
-      if (fields != 4 || state != listening || it == sockets.end()) {
-        continue;
-      }
+      if (state != listening && state != syn_received) { break; }
+      const auto it = sockets.find(concat("socket:[", decimal(inode), "]"));
+      if (state != listening || it == sockets.end()) { continue; }
       const auto address = address_from_hex(local);
       const bool reachable = address == "0.0.0.0" || address == "127.0.0.1" ||
                              address == "::" || address == "::1";
@@ -4606,21 +4625,13 @@ inline std::string http_date(std::time_t time) {
   return text;
 }
 
-inline bool has_line(std::string_view lines, std::string_view name) {
-  std::string_view line;
-  while (take_line(lines, line) != LineEnd::none) {
-    if (equals_ignore_case(until(line, ':'), name)) { return true; }
-  }
-  return false;
-}
-
 // Adds what every response of ours has: Date, Content-Length, Cache-Control
 // unless `lines` has it, CORS, Connection.
 inline void write_reply(const Reply &reply, const RequestHead &request,
                         const Config &config, bool keep_alive,
                         std::string &out) {
   append(out, "HTTP/1.1 ", status_text(reply.status), "\r\n");
-  if (!has_line(reply.lines, "Date")) {
+  if (!find_line(reply.lines, "Date")) {
     append_field(out, "Date", http_date(std::time(nullptr)));
   }
   const bool has_body = reply.status != 204 && reply.status != 304;
@@ -4628,16 +4639,12 @@ inline void write_reply(const Reply &reply, const RequestHead &request,
     if (!reply.type.empty()) { append_field(out, "Content-Type", reply.type); }
     append_field(out, "Content-Length", decimal(reply.body.size()));
   }
-  if (!has_line(reply.lines, "Cache-Control")) {
+  if (!find_line(reply.lines, "Cache-Control")) {
     append_field(out, "Cache-Control", "no-store");
   }
   out += reply.lines;
   write_cors(request, config, out);
-  if (!keep_alive) {
-    append_field(out, "Connection", "close");
-  } else if (request.minor == 0) {
-    append_field(out, "Connection", "keep-alive");
-  }
+  write_persistence(request, keep_alive, out);
   out += "\r\n";
   if (has_body && request.method != "HEAD") { out += reply.body; }
 }
@@ -5048,7 +5055,6 @@ struct Shared {
   Vercel *const vercel; // null elsewhere
   OwnRoutes &routes;
   httplib::Server::HandlerWithResponse pre_routing_handler;
-  int port = 0; // where we listen
   std::vector<std::unique_ptr<Worker>> workers;
   std::atomic<bool> draining{false}, aborting{false};
   // Connections that nobody has to wait for when we drain: tunnels and event
@@ -5550,22 +5556,13 @@ struct Request {
   // for in whatever has arrived.
   Request(Vercel *v, std::string_view text) : vercel(v) {
     if (!vercel) { return; }
-    invocation_id = line_value(text, "x-vercel-internal-invocation-id");
-    request_id = line_value(text, "x-vercel-internal-request-id");
+    invocation_id =
+        find_line(text, "x-vercel-internal-invocation-id").value_or("");
+    request_id = find_line(text, "x-vercel-internal-request-id").value_or("");
   }
   ~Request() {
     exchange.reset();
     end_invocation();
-  }
-
-  static std::string line_value(std::string_view text, std::string_view name) {
-    for (std::string_view line; take_line(text, line) != LineEnd::none;) {
-      if (equals_ignore_case(until(line, ':'), name)) {
-        line.remove_prefix(std::min(name.size() + 1, line.size()));
-        return std::string(trim(line));
-      }
-    }
-    return {};
   }
 
   // Reports the end of the invocation to the platform, once.
@@ -5715,11 +5712,12 @@ private:
     }
     if (is_preflight(head, config)) { return respond({204, {}, {}, {}}); }
     if (shared_.pre_routing_handler) {
+      const auto local = local_address();
       auto seen = routing_request(head, own_forwarding());
       seen.remote_addr = address;
       seen.remote_port = port;
-      seen.local_addr = local_address().text();
-      seen.local_port = local_address().port();
+      seen.local_addr = local.text();
+      seen.local_port = local.port();
       if (const auto reply = call_pre_routing_handler(
               shared_.pre_routing_handler, seen, shared_.log)) {
         return respond(*reply);
@@ -5766,8 +5764,9 @@ private:
     }
     loan.client_address = address;
     loan.client_port = port;
-    loan.local_address = local_address().text();
-    loan.local_port = local_address().port();
+    const auto local = local_address();
+    loan.local_address = local.text();
+    loan.local_port = local.port();
     deadline_ = Time::max();
     if (!server.lend(loan_, [this] { worker_.loop.resume(*this); })) {
       loan_.reset();
@@ -5919,7 +5918,7 @@ public:
 #endif
     SocketAddress address;
     ::getsockname(fd, address.get(), &address.size);
-    return shared_.port = address.port();
+    return address.port();
   }
 
   // Serves until stop(), drains, and returns once the target has stopped. False
