@@ -416,19 +416,22 @@ inline char to_lower(char c) {
   return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
 }
 
+inline bool starts_with_ignore_case(std::string_view text,
+                                    std::string_view prefix) {
+  return text.size() >= prefix.size() &&
+         std::equal(prefix.begin(), prefix.end(), text.begin(),
+                    [](char x, char y) {
+                      return x == y || to_lower(x) == to_lower(y);
+                    });
+}
+
+// Mostly the sizes differ, so this is small enough to be inlined.
 inline bool equals_ignore_case(std::string_view a, std::string_view b) {
-  return a.size() == b.size() &&
-         std::equal(a.begin(), a.end(), b.begin(),
-                    [](char x, char y) { return to_lower(x) == to_lower(y); });
+  return a.size() == b.size() && starts_with_ignore_case(a, b);
 }
 
 inline bool starts_with(std::string_view text, std::string_view prefix) {
   return text.substr(0, prefix.size()) == prefix;
-}
-
-inline bool starts_with_ignore_case(std::string_view text,
-                                    std::string_view prefix) {
-  return equals_ignore_case(text.substr(0, prefix.size()), prefix);
 }
 
 inline bool ends_with(std::string_view text, std::string_view suffix) {
@@ -440,10 +443,20 @@ inline bool contains(std::string_view text, std::string_view part) {
   return text.find(part) != std::string_view::npos;
 }
 
+inline bool contains(std::string_view text, char c) {
+  return text.find(c) != std::string_view::npos;
+}
+
+inline bool is_blank(char c) { return c == ' ' || c == '\t'; }
+
 inline std::string_view trim(std::string_view text) {
-  const auto begin = text.find_first_not_of(" \t");
-  if (begin == std::string_view::npos) { return {}; }
-  return text.substr(begin, text.find_last_not_of(" \t") - begin + 1);
+  while (!text.empty() && is_blank(text.front())) {
+    text.remove_prefix(1);
+  }
+  while (!text.empty() && is_blank(text.back())) {
+    text.remove_suffix(1);
+  }
+  return text;
 }
 
 // The part before the first `end`, or all of it.
@@ -453,7 +466,7 @@ inline std::string_view until(std::string_view text, char end) {
 
 template <typename... Parts>
 void append(std::string &out, const Parts &...parts) {
-  (out.append(parts), ...);
+  (out.append(std::string_view(parts)), ...);
 }
 
 template <typename... Parts> std::string concat(const Parts &...parts) {
@@ -499,14 +512,37 @@ inline bool is_control(char c) {
 }
 
 inline bool has_control(std::string_view text) {
-  return std::any_of(text.begin(), text.end(),
-                     [](char c) { return is_control(c); });
+  const auto contains_one = [](std::string_view bytes) {
+    return std::any_of(bytes.begin(), bytes.end(), is_control);
+  };
+  // Eight bytes at a time, since this reads all of every request head.
+  for (; text.size() >= 8; text.remove_prefix(8)) {
+    std::uint64_t bytes = 0;
+    std::memcpy(&bytes, text.data(), 8);
+    // Sets the high bit of each byte below 0x20 or equal to 0x7f, sometimes of
+    // the byte behind it, too.
+    constexpr std::uint64_t ones = 0x0101010101010101;
+    const auto deletes = bytes ^ (ones * 0x7f);
+    const auto suspects =
+        ((bytes - ones * 0x20) & ~bytes) | ((deletes - ones) & ~deletes);
+    if ((suspects & (ones * 0x80)) && contains_one(text.substr(0, 8))) {
+      return true;
+    }
+  }
+  return contains_one(text);
 }
 
 inline bool is_token(char c) { // RFC 9110, section 5.6.2
-  return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') ||
-         (c >= 'A' && c <= 'Z') ||
-         (c != '\0' && std::strchr("!#$%&'*+-.^_`|~", c));
+  static constexpr auto tokens = [] {
+    std::array<bool, 256> table{};
+    for (const char token : std::string_view(
+             "!#$%&'*+-.^_`|~0123456789"
+             "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")) {
+      table[static_cast<unsigned char>(token)] = true;
+    }
+    return table;
+  }();
+  return tokens[static_cast<unsigned char>(c)];
 }
 
 inline bool is_token(std::string_view text) {
@@ -582,6 +618,16 @@ struct Config : Options {
   bool behind_trusted_proxy() const { return trust_proxy || on_vercel; }
 };
 
+// Where the target listens, on the loopback interface.
+struct Endpoint {
+  bool ipv6 = false;
+  int port = 0; // 0: not known, or there is no target
+
+  std::string text() const {
+    return concat(ipv6 ? "[::1]:" : "127.0.0.1:", decimal(port));
+  }
+};
+
 // Returns "/a/b", or "" for no prefix, whatever slashes surround it.
 inline std::string normalized_prefix(std::string_view prefix) {
   const auto first = prefix.find_first_not_of('/');
@@ -600,11 +646,18 @@ inline bool is_below(std::string_view request_target, std::string_view prefix) {
 // ---- HTTP/1: framing, heads ------------------------------------------------
 
 // Whether `text` equals one of `texts`, ignoring case.
-template <typename Texts = std::initializer_list<std::string_view>>
-bool is_one_of(std::string_view text, const Texts &texts) {
-  return std::any_of(texts.begin(), texts.end(), [text](std::string_view one) {
-    return equals_ignore_case(one, text);
-  });
+template <typename Texts>
+bool is_in(std::string_view text, const Texts &texts) {
+  for (const std::string_view one : texts) {
+    if (equals_ignore_case(one, text)) { return true; }
+  }
+  return false;
+}
+
+// The same for a few names: their sizes are known to the compiler.
+template <typename... Names>
+bool is_one_of(std::string_view text, const Names &...names) {
+  return (equals_ignore_case(text, names) || ...);
 }
 
 // Finds the end of a message's body in bytes that arrive in pieces of any size.
@@ -817,14 +870,11 @@ struct Head {
                          [name](const Field &field) { return field.is(name); });
   }
 
-  // Calls `function` with each element of the lists in these fields.
+  // Calls `function` with each element of the lists in the fields `name`.
   template <typename F>
-  void for_each_in(std::initializer_list<std::string_view> names,
-                   F function) const {
+  void for_each_in(std::string_view name, F function) const {
     for (const auto &field : fields) {
-      if (is_one_of(field.name, names)) {
-        for_each_element(field.value, function);
-      }
+      if (field.is(name)) { for_each_element(field.value, function); }
     }
   }
 
@@ -833,20 +883,22 @@ struct Head {
   bool lists(std::initializer_list<std::string_view> names,
              std::initializer_list<std::string_view> words) const {
     bool found = false;
-    for_each_in(names, [&](std::string_view element) {
-      const auto word = element.substr(0, element.find_first_of(" \t="));
-      found |= is_one_of(word, words);
-    });
+    for (const auto name : names) {
+      for_each_in(name, [&](std::string_view element) {
+        const auto word = element.substr(0, element.find_first_of(" \t="));
+        found |= is_in(word, words);
+      });
+    }
     return found;
   }
 
   bool has_option(std::string_view option) const {
-    return is_one_of(option, connection_options);
+    return is_in(option, connection_options);
   }
 
   bool is_hop_by_hop(const Field &field) const { // RFC 9110, section 7.6.1
-    return is_one_of(field.name, {"Connection", "HTTP2-Settings", "Keep-Alive",
-                                  "Proxy-Connection", "TE", "Upgrade"}) ||
+    return is_one_of(field.name, "Connection", "HTTP2-Settings", "Keep-Alive",
+                     "Proxy-Connection", "TE", "Upgrade") ||
            has_option(field.name);
   }
 };
@@ -896,8 +948,7 @@ struct Refusal {
 struct Forwarding {
   const Config &config;
   std::string_view client_address;
-  std::string_view target_authority; // "127.0.0.1:8080"
-  int target_port;
+  Endpoint target;
 };
 
 // ---- Parsing: what requests and responses share
@@ -949,7 +1000,7 @@ inline std::optional<std::string_view> find_line(std::string_view text,
 inline Refusal parse_fields(std::string_view text, bool from_client,
                             Head &head) {
   head.clear_fields();
-  head.fields.reserve(32); // most heads have less
+  head.fields.reserve(16); // most heads have less
   std::string_view line;
   for (;;) {
     const auto end = take_line(text, line);
@@ -961,7 +1012,7 @@ inline Refusal parse_fields(std::string_view text, bool from_client,
       return {431, "too many header lines"};
     }
     if (from_client ? has_control(line)
-                    : contains(line, "\r") || contains(line, {"\0", 1})) {
+                    : contains(line, '\r') || contains(line, '\0')) {
       return {400, "control character in a header"};
     }
     const auto name = until(line, ':');
@@ -970,7 +1021,7 @@ inline Refusal parse_fields(std::string_view text, bool from_client,
     }
     head.fields.push_back({name, trim(line.substr(name.size() + 1)), line});
   }
-  head.for_each_in({"Connection"}, [&](std::string_view option) {
+  head.for_each_in("Connection", [&](std::string_view option) {
     head.connection_options.push_back(option);
   });
   if (head.connection_options.size() > WARMPROXY_MAX_CONNECTION_OPTIONS) {
@@ -1019,7 +1070,7 @@ inline Refusal early_refusal(std::string_view bytes) {
   if (has_cr) { line.remove_suffix(1); }
   const auto spaces = std::count(line.begin(), line.end(), ' ');
   if ((!line.empty() && !is_token(until(line, ' '))) || has_control(line) ||
-      contains(line, "\t") || spaces > 2 ||
+      contains(line, '\t') || spaces > 2 ||
       (complete && (spaces < 2 || !has_cr))) {
     return {400, "malformed request line"};
   }
@@ -1034,8 +1085,8 @@ inline Refusal parse_request_line(std::string_view line, RequestHead &head) {
   head.method = line.substr(0, first);
   head.target = line.substr(first + 1, last - first - 1);
   const auto version = line.substr(last + 1);
-  if (has_control(head.target) ||
-      head.target.find_first_of(" \t#") != std::string_view::npos) {
+  if (has_control(head.target) || contains(head.target, ' ') ||
+      contains(head.target, '\t') || contains(head.target, '#')) {
     return {400, "malformed request target"};
   }
   if (version != "HTTP/1.1" && version != "HTTP/1.0") {
@@ -1109,7 +1160,7 @@ inline Refusal parse_request_framing(RequestHead &head) {
 inline void parse_upgrade(RequestHead &head) {
   // RFC 9110, section 7.8: Upgrade is ignored in an HTTP/1.0 request.
   if (head.minor == 0 || !head.has_option("upgrade")) { return; }
-  head.for_each_in({"Upgrade"}, [&](std::string_view protocol) {
+  head.for_each_in("Upgrade", [&](std::string_view protocol) {
     // An upgrade to HTTP/2 or TLS would hide the requests in it from us, and
     // from whatever checks them before the target: it is not passed on, and the
     // request stays plain HTTP/1.1.
@@ -1206,9 +1257,9 @@ inline bool reduce(Head &head, std::string_view name, std::string_view value) {
 inline Refusal parse_response_framing(std::string_view request_method,
                                       ResponseHead &head) {
   bool chunked = false, other_coding = false, other_length = false;
-  head.for_each_in({"Transfer-Encoding"}, [&](std::string_view coding) {
+  head.for_each_in("Transfer-Encoding", [&](std::string_view coding) {
     chunked |= equals_ignore_case(coding, "chunked");
-    other_coding |= !is_one_of(coding, {"chunked", "identity"});
+    other_coding |= !is_one_of(coding, "chunked", "identity");
   });
   if (other_coding) { return {502, "a Transfer-Encoding other than chunked"}; }
   if (chunked && head.minor == 0) {
@@ -1219,7 +1270,7 @@ inline Refusal parse_response_framing(std::string_view request_method,
   if (has_length && !to_number(length, head.content_length)) {
     return {502, "malformed Content-Length"};
   }
-  head.for_each_in({"Content-Length"}, [&](std::string_view element) {
+  head.for_each_in("Content-Length", [&](std::string_view element) {
     std::uint64_t other = 0;
     other_length |= !to_number(element, other) || other != head.content_length;
   });
@@ -1243,7 +1294,7 @@ inline Refusal parse_response_framing(std::string_view request_method,
 // A 1xx or 204 response never has a body and must not announce one.
 inline void remove_framing(ResponseHead &head) {
   bool announced = head.find("Transfer-Encoding");
-  head.for_each_in({"Content-Length"}, [&](std::string_view length) {
+  head.for_each_in("Content-Length", [&](std::string_view length) {
     announced |= length != "0";
   });
   if (announced) {
@@ -1307,7 +1358,7 @@ inline bool authenticates_connection(const Head &head) {
 // Headers by which proxies name the client to each other.
 inline bool is_forwarding(std::string_view name) {
   return starts_with_ignore_case(name, "X-Forwarded-") ||
-         is_one_of(name, {"Forwarded", "X-Real-IP"});
+         is_one_of(name, "Forwarded", "X-Real-IP");
 }
 
 // Headers between Vercel's platform and its runtime, with credentials for both.
@@ -1345,8 +1396,7 @@ inline void write_cors(const RequestHead &request, const Config &config,
   // The response depends on Origin even if no CORS field follows.
   out += "Vary: Origin\r\n";
   const auto origin = request.value("Origin");
-  if (origin.empty() ||
-      !(is_one_of("*", allowed) || is_one_of(origin, allowed))) {
+  if (origin.empty() || !(is_in("*", allowed) || is_in(origin, allowed))) {
     return;
   }
   // Fetch, section 3.2.5: with credentials, `*` is an origin like any other, so
@@ -1371,17 +1421,22 @@ public:
              std::string &out)
       : request_(request), forwarding_(forwarding), config_(forwarding.config),
         out_(out), strips_prefix_(!config_.prefix.empty() &&
-                                  is_below(request.target, config_.prefix)) {
-    const auto named = first_element(request.value("X-Forwarded-Host"));
-    const bool believed = config_.behind_trusted_proxy() && !named.empty();
-    client_host_ = believed ? named : request.host();
+                                  is_below(request.target, config_.prefix)),
+        client_host_(request.host()), sent_host_(client_host_) {
+    out_.reserve(out_.size() + 1000); // enough for most heads
+    if (config_.behind_trusted_proxy()) {
+      const auto named = first_element(request.value("X-Forwarded-Host"));
+      if (!named.empty()) { client_host_ = named; }
+    }
     // On Vercel, Host names the deployment. The target gets the visitor's host,
     // as from Vercel's own proxies.
-    sent_host_ = config_.on_vercel ? client_host_ : request.host();
-    if (sent_host_.empty() && !request.find("Host")) {
-      sent_host_ = forwarding.target_authority;
+    if (config_.on_vercel) { sent_host_ = client_host_; }
+    if (sent_host_.empty() && !request.find("Host") && forwarding.target.port) {
+      sent_host_ = authority_ = forwarding.target.text();
     }
   }
+  HeadWriter(const HeadWriter &) = delete;
+  HeadWriter &operator=(const HeadWriter &) = delete;
 
   // The request that the target gets.
   void write_request() {
@@ -1421,8 +1476,8 @@ public:
       // these names behind the client's, so that a handler would get the
       // client's.
       if (is_passed_on(field) &&
-          !is_one_of(field.name, {"Host", "REMOTE_ADDR", "REMOTE_PORT",
-                                  "LOCAL_ADDR", "LOCAL_PORT"})) {
+          !is_one_of(field.name, "Host", "REMOTE_ADDR", "REMOTE_PORT",
+                     "LOCAL_ADDR", "LOCAL_PORT")) {
         append(out_, field.line, "\r\n");
       }
     }
@@ -1471,18 +1526,17 @@ private:
   // Connection.
   bool is_passed_on(const Field &field) const {
     const auto name = field.name;
-    if (is_one_of(name, {"Content-Length", "Transfer-Encoding", "Host"})) {
+    if (is_one_of(name, "Content-Length", "Transfer-Encoding", "Host")) {
       return true;
     }
-    if (contains(name, "_")) {
+    if (contains(name, '_')) {
       // To CGI and its like, '_' and '-' are the same in a name.
       std::string plain(name);
       std::replace(plain.begin(), plain.end(), '_', '-');
       if (is_forwarding(plain) || is_vercel_private(plain)) { return false; }
     }
     // CGI makes HTTP_PROXY of "Proxy" ("httpoxy").
-    if (is_vercel_private(name) ||
-        is_one_of(name, {"Proxy", "Warmproxy-Wait"})) {
+    if (is_vercel_private(name) || is_one_of(name, "Proxy", "Warmproxy-Wait")) {
       return false;
     }
     return is_forwarding(name) ? config_.behind_trusted_proxy()
@@ -1518,7 +1572,7 @@ private:
       write_joined("X-Forwarded-For", forwarding_.client_address);
     }
     if (is_absent("X-Forwarded-Proto") && is_absent("Forwarded")) {
-      write("X-Forwarded-Proto", "http");
+      out_ += "X-Forwarded-Proto: http\r\n";
     }
     if (is_absent("X-Forwarded-Host") && !request_.host().empty()) {
       write("X-Forwarded-Host", request_.host());
@@ -1565,8 +1619,8 @@ private:
   // Whether a header of ours replaces it.
   bool is_ours(const Field &field) const {
     return (cached_ &&
-            is_one_of(field.name, {"Cache-Control", "CDN-Cache-Control",
-                                   "Vercel-CDN-Cache-Control"})) ||
+            is_one_of(field.name, "Cache-Control", "CDN-Cache-Control",
+                      "Vercel-CDN-Cache-Control")) ||
            (cors_ &&
             starts_with_ignore_case(field.name, "Access-Control-Allow-"));
   }
@@ -1593,9 +1647,8 @@ private:
       return ends_with(request_.path(), ".js") ||
              ends_with(request_.path(), ".css");
     }
-    return is_one_of(type,
-                     {"text/javascript", "text/css", "application/javascript",
-                      "application/x-javascript"});
+    return is_one_of(type, "text/javascript", "text/css",
+                     "application/javascript", "application/x-javascript");
   }
 
   // Maps Location and Content-Location to the URL that the client must use.
@@ -1633,7 +1686,7 @@ private:
   }
 
   bool names_our_host(std::string_view authority) const {
-    return is_one_of(authority, {sent_host_, client_host_});
+    return is_one_of(authority, sent_host_, client_host_);
   }
 
   // Whether this is our host, or, with the target's port, a name of the
@@ -1641,12 +1694,11 @@ private:
   bool names_us(std::string_view authority) const {
     if (authority.empty()) { return false; }
     if (names_our_host(authority)) { return true; }
-    const auto port = concat(":", decimal(forwarding_.target_port));
+    const auto port = concat(":", decimal(forwarding_.target.port));
     if (!ends_with(authority, port)) { return false; }
     authority.remove_suffix(port.size());
-    return is_one_of(authority,
-                     {"localhost", "127.0.0.1", "[::1]",
-                      without_port(sent_host_), without_port(client_host_)});
+    return is_one_of(authority, "localhost", "127.0.0.1", "[::1]",
+                     without_port(sent_host_), without_port(client_host_));
   }
 
   // "http", "https", or "" if the proxy before us says something else.
@@ -1666,6 +1718,7 @@ private:
   const Config &config_;
   std::string &out_;
   const bool strips_prefix_;
+  std::string authority_;        // of the target, for a request without Host
   std::string_view client_host_; // as the client named it to the first proxy
   std::string_view sent_host_;   // the Host that the target gets
   bool upgrade_ = false, cached_ = false, cors_ = false; // of the response
@@ -1836,15 +1889,6 @@ template <typename T> bool wait_for(pollfd *fds, std::size_t count, T until) {
 
 // ---- Net: connecting to the target
 
-struct Endpoint { // on the loopback interface
-  bool ipv6 = false;
-  int port = 0;
-
-  std::string text() const {
-    return concat(ipv6 ? "[::1]:" : "127.0.0.1:", decimal(port));
-  }
-};
-
 struct SocketAddress {
   SocketAddress() = default;
   explicit SocketAddress(const Endpoint &endpoint) {
@@ -1866,7 +1910,7 @@ struct SocketAddress {
     const void *address = &in.sin_addr;
     if (in.sin_family == AF_INET6) { address = &in6.sin6_addr; }
     ::inet_ntop(in.sin_family, address, text, sizeof(text));
-    const bool mapped = starts_with(text, "::ffff:") && contains(text, ".");
+    const bool mapped = starts_with(text, "::ffff:") && contains(text, '.');
     return text + (mapped ? 7 : 0);
   }
 
@@ -3511,9 +3555,8 @@ private:
         split_uri(location, uri) &&
         (uri.scheme.empty() ||
          (equals_ignore_case(uri.scheme, "http") &&
-          is_one_of(uri.authority,
-                    {host_, endpoint().text(),
-                     concat("localhost:", decimal(endpoint().port))})));
+          is_one_of(uri.authority, host_, endpoint().text(),
+                    concat("localhost:", decimal(endpoint().port)))));
     if (!here) { return {}; }
     return concat(starts_with(uri.path, "/") ? "" : "/", uri.path);
   }
@@ -5252,8 +5295,7 @@ private:
   }
 
   Forwarding forwarding() const {
-    return {shared_.config, client_.address, target_authority_,
-            lease_.endpoint().port};
+    return {shared_.config, client_.address, lease_.endpoint()};
   }
   bool is_tunnel() const {
     return download_.framing.mode() == Framing::Mode::tunnel;
@@ -5299,7 +5341,6 @@ private:
       check_at_ = worker_.after(check_interval_);
     }
     upload_.sink = upstream_.get();
-    target_authority_ = lease_.endpoint().text();
     HeadWriter(request_, forwarding(), upload_.head).write_request();
     return true;
   }
@@ -5526,7 +5567,6 @@ private:
   const bool repeatable_; // the target may get it twice
 
   Lease lease_;
-  std::string target_authority_;
   std::unique_ptr<Upstream> upstream_;
   bool is_new_ = true; // the upstream connection
   Buffer received_;    // from the target
@@ -5734,7 +5774,7 @@ private:
 
   // ---- Own routes
 
-  Forwarding own_forwarding() const { return {shared_.config, address, {}, 0}; }
+  Forwarding own_forwarding() const { return {shared_.config, address, {}}; }
 
   SocketAddress local_address() const {
     SocketAddress local;
@@ -6200,7 +6240,7 @@ inline bool read_list(std::string_view text, std::vector<std::string> &value) {
 // ---- Settings: the table
 
 inline bool is_text(std::string_view text) { // for the kernel, the resolver
-  return !contains(text, std::string_view("\0", 1));
+  return !contains(text, '\0');
 }
 
 inline bool is_clean(std::string_view text) { // for header lines
@@ -6346,7 +6386,7 @@ inline std::string validate(Options options) {
   }
   auto texts = options.args; // of the target
   for (const auto &[name, value] : options.env) {
-    if (name.empty() || contains(name, "=") || !is_text(name + value)) {
+    if (name.empty() || contains(name, '=') || !is_text(name + value)) {
       return concat("Options::env has a variable that cannot exist: \"", name,
                     "\"");
     }

@@ -51,9 +51,8 @@ std::string lines_of(const Head &head) {
 struct Situation {
   Config config;
   std::string client = "192.0.2.7";
-  std::string target = "127.0.0.1:8080";
 
-  Forwarding forwarding() const { return {config, client, target, 8080}; }
+  Forwarding forwarding() const { return {config, client, {false, 8080}}; }
 };
 
 Situation trusting() {
@@ -206,6 +205,22 @@ TEST_CASE("request head: what can be read in two ways is refused") {
   for (const auto &c : cases) {
     CAPTURE(c.text);
     CHECK(refusal_of(c.text) == c.refusal);
+  }
+}
+
+TEST_CASE("request head: control characters, wherever they are") {
+  for (std::size_t position = 0; position < 20; ++position) {
+    for (int byte = 0; byte < 256; ++byte) {
+      if (byte == '\n') { continue; } // it ends the line
+      CAPTURE(position);
+      CAPTURE(byte);
+      std::string value(20, 'a');
+      value[position] = static_cast<char>(byte);
+      const bool is_control = (byte < ' ' && byte != '\t') || byte == 0x7f;
+      CHECK(refusal_of(head_of("GET / HTTP/1.1",
+                               "Host: test\r\nX: " + value + "\r\n")) ==
+            (is_control ? "400 control character in a header" : ""));
+    }
   }
 }
 
@@ -934,7 +949,7 @@ TEST_CASE("forwarding: own routes see the client's request") {
     RequestHead head;
     REQUIRE(!parse_request(text, head));
     std::string out;
-    HeadWriter(head, {setting.config, setting.client, "", 0}, out)
+    HeadWriter(head, {setting.config, setting.client, {}}, out)
         .write_own_request();
     return out;
   };

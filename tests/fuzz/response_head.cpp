@@ -61,7 +61,7 @@ void check_forwarded(const ResponseHead &head, const reference::Head &expected,
   Config config;
   config.prefix = "/a";
   std::string out;
-  HeadWriter(request, {config, "192.0.2.7", "127.0.0.1:1", 1}, out)
+  HeadWriter(request, {config, "192.0.2.7", {false, 1}}, out)
       .write_response(head, true, "");
   const auto forwarded = reference::response(out, method, false);
   REQUIRE(forwarded, "what is forwarded is no response");
