@@ -2374,15 +2374,15 @@ class UpstreamPool : public Task {
 public:
   explicit UpstreamPool(Loop &loop) : loop_(loop) {}
 
-  // Watches a dialed connection, on behalf of `user`. Null, and errno, if there
-  // is no room for it.
-  std::unique_ptr<Upstream> open(Descriptor fd, std::uint64_t generation,
-                                 Task &user) {
+  // Dials a connection on behalf of `user`. Null, and errno, if it failed at
+  // once.
+  std::unique_ptr<Upstream> open(const Endpoint &endpoint,
+                                 std::uint64_t generation, Task &user) {
     auto upstream = std::make_unique<Upstream>();
-    upstream->fd = std::move(fd);
+    upstream->fd = dial(endpoint);
     upstream->generation = generation;
     upstream->owner = &user;
-    if (!loop_.watch(*upstream)) { return {}; }
+    if (!upstream->fd || !loop_.watch(*upstream)) { return {}; }
     ++open_;
     limit();
     return upstream;
@@ -4561,29 +4561,26 @@ inline bool wants_page(const RequestHead &request) {
 
 // ---- Responses: errors, status
 
-// A page for navigations, else a line of text: "warmproxy: <reason>".
+// A page for navigations, else a line of text: "warmproxy: <reason>". A 503 or
+// 504 may be gone after `retry_after`, rounded up to seconds.
 inline Reply error_reply(const RequestHead &request, int status,
-                         std::string_view reason, std::string lines = {}) {
-  if (wants_page(request)) {
-    auto page = page_with(failed_part, request);
-    fill(page, "%reason", std::string(reason));
-    return {status, std::move(lines), "text/html; charset=utf-8",
-            std::move(page)};
+                         std::string_view reason,
+                         milliseconds retry_after = seconds(1)) {
+  Reply reply{status,
+              {},
+              "text/plain; charset=utf-8",
+              concat("warmproxy: ", reason, "\n")};
+  if (status == 503 || status == 504) {
+    const auto wait =
+        std::max(seconds(1), std::chrono::ceil<seconds>(retry_after));
+    append_field(reply.lines, "Retry-After", decimal(wait.count()));
   }
-  return {status, std::move(lines), "text/plain; charset=utf-8",
-          concat("warmproxy: ", reason, "\n")};
-}
-
-// The same for a start that failed.
-inline Reply start_failure_reply(const RequestHead &request, int status,
-                                 std::string_view reason,
-                                 milliseconds retry_after) {
-  const auto wait =
-      std::max(seconds(1), std::chrono::ceil<seconds>(retry_after));
-  return error_reply(
-      request, status, reason,
-      status == 502 ? std::string()
-                    : concat("Retry-After: ", decimal(wait.count()), "\r\n"));
+  if (wants_page(request)) {
+    reply.type = "text/html; charset=utf-8";
+    reply.body = page_with(failed_part, request);
+    fill(reply.body, "%reason", std::string(reason));
+  }
+  return reply;
 }
 
 // A CORS preflight request that is answered here.
@@ -5242,7 +5239,7 @@ public:
         download_(received_, &client.socket) {
     upload_.framing = request.framing;
     if (shared_.config.waiting_page_after.count() && wants_page(request)) {
-      check_at_ = worker_.after(shared_.config.waiting_page_after);
+      show_page_at_ = worker_.after(shared_.config.waiting_page_after);
     }
   }
   ~Exchange() {
@@ -5266,7 +5263,9 @@ public:
     if (result_ == Result::done) { release_upstream(); }
     return result_;
   }
-  Time deadline() const { return std::min(check_at_, gone_at_); }
+  Time deadline() const {
+    return std::min({show_page_at_, check_at_, gone_at_});
+  }
   // Whether the client's connection can serve another request after `done`.
   bool keep_alive() const { return keep_alive_; }
   const Reply &reply() const { return reply_; }
@@ -5286,8 +5285,8 @@ private:
     reply_ = std::move(reply);
     return end(Result::reply);
   }
-  bool fail(int status, std::string_view reason, std::string lines = {}) {
-    return respond(error_reply(request_, status, reason, std::move(lines)));
+  bool fail(int status, std::string_view reason) {
+    return respond(error_reply(request_, status, reason));
   }
   bool bad_response(std::string_view reason) {
     shared_.log_once(concat("response refused: ", reason));
@@ -5309,12 +5308,12 @@ private:
     switch (shared_.supervisor.acquire(lease_, request_.host(), failure)) {
     case Supervisor::Access::granted: break;
     case Supervisor::Access::pending:
-      return worker_.loop.now() < check_at_
+      return worker_.loop.now() < show_page_at_
                  ? end(Result::wait)
                  : respond(waiting_page(request_, lease_.waited()));
     case Supervisor::Access::failed:
-      return respond(start_failure_reply(request_, failure.status,
-                                         failure.reason, failure.retry_after));
+      return respond(error_reply(request_, failure.status, failure.reason,
+                                 failure.retry_after));
     }
     // The waiting page's script: it learns that the target is ready.
     if (request_.method == "GET" && request_.find("Warmproxy-Wait")) {
@@ -5324,7 +5323,7 @@ private:
   }
 
   bool open_upstream() {
-    check_at_ = Time::max();
+    show_page_at_ = check_at_ = Time::max();
     // What has met a stale connection gets a new one.
     if (sends_left_ == WARMPROXY_MAX_ATTEMPTS) {
       upstream_ = worker_.pool.take(&client_, lease_.generation(), repeatable_,
@@ -5332,11 +5331,8 @@ private:
     }
     is_new_ = !upstream_;
     if (is_new_) {
-      auto fd = dial(lease_.endpoint());
-      if (fd) {
-        upstream_ =
-            worker_.pool.open(std::move(fd), lease_.generation(), client_);
-      }
+      upstream_ =
+          worker_.pool.open(lease_.endpoint(), lease_.generation(), client_);
       if (!upstream_) { return connect_failed(errno); }
       check_at_ = worker_.after(check_interval_);
     }
@@ -5350,8 +5346,7 @@ private:
     // We lack descriptors, ports or memory. Idle connections hold some.
     shared_.close_idle_upstreams();
     return fail(503,
-                concat("cannot connect to the target: ", error_text(error)),
-                "Retry-After: 1\r\n");
+                concat("cannot connect to the target: ", error_text(error)));
   }
 
   // The upstream connection ended before a response. Only a request that
@@ -5580,10 +5575,9 @@ private:
   bool moved_ = false; // in this round of the pump
   Result result_ = Result::wait;
   Reply reply_;
-  // Before the lease is granted: when a browser gets the waiting page. On a new
-  // upstream connection: when check_progress() is due.
-  Time check_at_ = Time::max();
-  milliseconds check_interval_{20}; // of check_progress(); doubles up to 1 s
+  Time show_page_at_ = Time::max(); // the waiting page, to a browser
+  Time check_at_ = Time::max();     // check_progress() of a new connection
+  milliseconds check_interval_{20}; // doubles up to 1 s
   bool half_closed_ = false;        // the client sends no more,
   Time gone_at_ = Time::max();      // and then counts as gone
 };
@@ -5729,9 +5723,7 @@ private:
   }
 
   Step refuse(Refusal refusal) {
-    return respond(
-        error_reply(request_->head, refusal.status, refusal.reason,
-                    refusal.status == 503 ? "Retry-After: 1\r\n" : ""));
+    return respond(error_reply(request_->head, refusal.status, refusal.reason));
   }
 
   // Who responds, in the order of precedence.

@@ -109,21 +109,21 @@ TEST_CASE("waiting page: in Chinese") {
 
 TEST_CASE("error reply: text, or a page") {
   const Asked program, browser(navigation), chinese(navigation + in_chinese);
-  const auto text = error_reply(program.head, 502, "no <response>", "A: 1\r\n");
-  CHECK(text.status == 502);
+  const auto text = error_reply(program.head, 503, "no <response>");
+  CHECK(text.status == 503);
   CHECK(text.type == "text/plain; charset=utf-8");
   CHECK(text.body == "warmproxy: no <response>\n");
-  CHECK(text.lines == "A: 1\r\n");
-  const auto page = error_reply(browser.head, 502, "no <response>", "A: 1\r\n");
+  CHECK(text.lines == "Retry-After: 1\r\n");
+  const auto page = error_reply(browser.head, 503, "no <response>");
   CHECK(page.type == "text/html; charset=utf-8");
   CHECK(contains(page.body, "no &lt;response&gt;"));
   CHECK(contains(page.body, "This page could not be loaded"));
   CHECK(!contains(page.body, "http-equiv"));
-  CHECK(page.lines == "A: 1\r\n");
+  CHECK(page.lines == "Retry-After: 1\r\n");
   CHECK(contains(error_reply(chinese.head, 502, "x").body, "页面加载失败"));
 }
 
-TEST_CASE("error reply: a start that failed") {
+TEST_CASE("error reply: when to try again") {
   const struct {
     int status;
     milliseconds retry_after;
@@ -138,7 +138,7 @@ TEST_CASE("error reply: a start that failed") {
   for (const auto &c : cases) {
     CAPTURE(c.retry_after.count());
     const auto text =
-        start_failure_reply(program.head, c.status, "it exited", c.retry_after);
+        error_reply(program.head, c.status, "it exited", c.retry_after);
     CHECK(text.status == c.status);
     CHECK(text.lines == c.lines);
     CHECK(text.body == "warmproxy: it exited\n");
