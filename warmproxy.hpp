@@ -2573,21 +2573,6 @@ inline std::vector<std::string> program_places(const std::string &name) {
   return places;
 }
 
-// The first place of a file that we may execute, else of anything that exists;
-// "" if there is none.
-inline std::string find_place(const std::string &name) {
-  namespace fs = std::filesystem;
-  std::string found;
-  for (const auto &place : program_places(name)) {
-    std::error_code error;
-    const bool executable = ::access(place.c_str(), X_OK) == 0;
-    if (executable && fs::is_regular_file(place, error)) { return place; }
-    const auto type = fs::symlink_status(place, error).type();
-    if (found.empty() && type != fs::file_type::not_found) { found = place; }
-  }
-  return found;
-}
-
 // Absolute, since the target may run elsewhere. Symbolic links in the
 // parents are resolved, because of `link/../x`. The last component is not:
 // busybox and virtual environments are links that go by their names.
@@ -2660,16 +2645,28 @@ inline std::string explain_file(const std::string &path, int error) {
   return reason.empty() && error ? error_text(error) : reason;
 }
 
-// Why Options::binary cannot be executed, in one line; "" if nothing is seen to
-// be wrong.
-inline std::string explain_unrunnable(const std::string &name) {
-  const auto place = find_place(name);
-  if (place.empty()) {
-    return concat(printable(name), contains(name, "/") ? ": no such file"
-                                                       : ": not found on PATH");
+// Finds Options::binary: the first place with a file that we may execute, else
+// with anything. Throws why it cannot be executed, as far as it can be seen.
+inline std::string find_program(const std::string &name) {
+  namespace fs = std::filesystem;
+  std::string found;
+  for (const auto &place : program_places(name)) {
+    std::error_code error;
+    const auto type = fs::symlink_status(place, error).type();
+    const bool exists = type != fs::file_type::not_found;
+    const bool executable =
+        ::access(place.c_str(), X_OK) == 0 && fs::is_regular_file(place, error);
+    if (executable || (exists && found.empty())) { found = place; }
+    if (executable) { break; }
   }
-  const auto reason = explain_file(place, 0);
-  return reason.empty() ? "" : concat(printable(place), ": ", reason);
+  if (found.empty()) {
+    const bool by_path = !contains(name, "/");
+    fail_start(printable(name) +
+               (by_path ? ": not found on PATH" : ": no such file"));
+  }
+  const auto reason = explain_file(found, 0);
+  if (!reason.empty()) { fail_start(concat(printable(found), ": ", reason)); }
+  return found;
 }
 
 // ---- Process: the scratch copy
@@ -2948,42 +2945,39 @@ struct Program {
   }
 };
 
-// argv[0] has to name the file that runs as seen from the working directory:
-// virtual environments and programs that keep data beside themselves find their
-// place by it. As it was given, where that does; else inside the directory with
-// a dot (below /tmp, PocketBase takes an absolute path for `go run`).
-inline std::string argv0_for(const Config &config, const Program &program) {
-  const auto &given = config.binary;
-  const bool by_path = !contains(given, "/"); // the target looks there, too
-  const auto seen = std::filesystem::path(program.directory) /
-                    (by_path ? find_place(given) : given);
-  if (absolute_path(seen) == program.path &&
-      !(by_path && config.env.count("PATH"))) {
-    return given;
-  }
-  const auto within = path_within(program.directory, program.path);
-  return within.empty() ? program.path : concat("./", within);
-}
-
 // Finds the program, and makes its scratch copy where one is asked for.
 inline Program prepare_program(const Config &config, const Log &log,
                                const std::function<void()> &check) {
-  const auto reason = explain_unrunnable(config.binary);
-  if (!reason.empty()) { fail_start(reason); }
+  const auto place = find_program(config.binary);
   Program program;
-  program.path = absolute_path(find_place(config.binary));
-  const auto &given = config.directory.empty() ? "." : config.directory;
+  program.path = absolute_path(place);
+  const auto &folder = config.directory.empty() ? "." : config.directory;
   std::error_code error;
-  program.directory = std::filesystem::canonical(given, error);
-  if (error) { fail_start_at(concat("directory ", given), error.value()); }
+  program.directory = std::filesystem::canonical(folder, error);
+  if (error) { fail_start_at(concat("directory ", folder), error.value()); }
+  const auto within = path_within(program.directory, program.path);
   if (!config.scratch.empty()) {
-    const auto within = path_within(program.directory, program.path);
-    const auto copy =
+    program.directory =
         ScratchCopy(program.directory, config.scratch, log, check).make();
-    if (!within.empty()) { program.path = concat(copy, "/", within); }
-    program.directory = copy;
+    if (!within.empty()) {
+      program.path = concat(program.directory, "/", within);
+    }
   }
-  program.argv0 = argv0_for(config, program);
+  // argv[0] has to name the file that runs as seen from the working directory:
+  // virtual environments and programs that keep data beside themselves find
+  // their place by it. As it was given, where that does; else inside the
+  // directory with a dot (below /tmp, PocketBase takes an absolute path for
+  // `go run`).
+  const auto &given = config.binary;
+  const bool by_path = !contains(given, "/"); // the target looks there, too
+  const auto seen =
+      std::filesystem::path(program.directory) / (by_path ? place : given);
+  if (absolute_path(seen) == program.path &&
+      !(by_path && config.env.count("PATH"))) {
+    program.argv0 = given;
+  } else {
+    program.argv0 = within.empty() ? program.path : concat("./", within);
+  }
   return program;
 }
 
@@ -6557,10 +6551,11 @@ inline Config serve_config(Options options, bool on_vercel) {
   if (on_vercel) { adapt_to_vercel(options); }
   const auto error = validate(options);
   if (!error.empty()) { throw std::invalid_argument(error); }
-  const auto reason = explain_unrunnable(options.binary);
-  if (!reason.empty()) {
+  try {
+    find_program(options.binary);
+  } catch (const std::runtime_error &reason) {
     throw std::invalid_argument(
-        concat("cannot run ", reason, " (see WARMPROXY_BINARY)"));
+        concat("cannot run ", reason.what(), " (see WARMPROXY_BINARY)"));
   }
   if (options.target_port > 0 && options.target_port == options.port) {
     throw std::invalid_argument("Options::target_port (WARMPROXY_TARGET_PORT) "

@@ -155,8 +155,17 @@ std::string output(const std::string &script) {
 
 // The absolute path of a program; "" if it is seen that it cannot be executed.
 std::string find_binary(const std::string &name) {
-  return explain_unrunnable(name).empty() ? absolute_path(find_place(name))
-                                          : "";
+  try {
+    return absolute_path(find_program(name));
+  } catch (const std::runtime_error &) { return ""; }
+}
+
+// Why it cannot be executed; "" if nothing is seen to be wrong.
+std::string explain_unrunnable(const std::string &name) {
+  try {
+    find_program(name);
+    return "";
+  } catch (const std::runtime_error &reason) { return reason.what(); }
 }
 
 struct Variable {
