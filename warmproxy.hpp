@@ -3403,7 +3403,7 @@ inline Time::duration connect_pause(Time::duration elapsed) {
 // an empty path, only the connect. Redirects to the same server are followed:
 // Prometheus and others redirect `/` to a page that answers 503 until they are
 // ready, so what counts is where a browser would end.
-class Question {
+class ProbeAttempt {
 public:
   enum class State {
     connecting,
@@ -3414,10 +3414,10 @@ public:
     ready
   };
 
-  Question() = default; // one that could not be asked
+  ProbeAttempt() = default; // one that could not be made
   // Asks the first of `endpoints` that accepts a connection.
-  Question(std::vector<Endpoint> endpoints, std::string path, std::string host,
-           Time now)
+  ProbeAttempt(std::vector<Endpoint> endpoints, std::string path,
+               std::string host, Time now)
       : endpoints_(std::move(endpoints)), path_(std::move(path)),
         host_(std::move(host)), state_(State::connecting),
         seen_("its backlog is full"), asked_at_(now) {}
@@ -3586,68 +3586,60 @@ private:
   Framing rest_; // of the final response
 };
 
-// The questions to one target, until one says that it is ready. A question that
+// The attempts at one target, until one shows that it is ready. An attempt that
 // the target has accepted is never given up: on a server with one thread the
 // next one would only wait behind it. After WARMPROXY_PROBE_PATIENCE one more
 // is put beside it, for a worker that died with the first.
 class Probe {
 public:
-  using State = Question::State;
+  using State = ProbeAttempt::State;
 
-  // Forgets all questions. Without endpoints nothing can be asked.
+  // Forgets all attempts. Without endpoints none can be made.
   void aim(std::vector<Endpoint> endpoints) {
-    questions_.clear();
-    questions_.emplace_back();
+    earlier_ = {};
+    latest_ = {};
     endpoints_ = std::move(endpoints);
     began_ = RunningClock::now();
   }
 
   void ask(std::string path, std::string host, Time now) {
-    if (!latest().is_open()) { questions_.pop_back(); }
-    questions_.emplace_back(endpoints_, std::move(path), std::move(host), now);
+    if (latest_.is_open()) { earlier_ = std::move(latest_); }
+    latest_ = {endpoints_, std::move(path), std::move(host), now};
     advance(now);
   }
 
   // Goes on as far as it can without waiting.
   void advance(Time now) {
-    for (auto &question : questions_) {
-      question.advance(now);
-    }
-    if (questions_.size() == 1) { return; }
-    if (questions_.front().state() == State::ready) {
-      questions_.pop_back();
-    } else if (!questions_.front().is_open() || is_ready()) {
-      questions_.pop_front();
-    }
+    earlier_.advance(now);
+    latest_.advance(now);
+    if (earlier_.state() == State::ready) { std::swap(earlier_, latest_); }
+    if (is_ready() || !earlier_.is_open()) { earlier_ = {}; }
   }
 
-  const Question &latest() const { return questions_.back(); }
-  bool is_ready() const { return latest().state() == State::ready; }
-  bool is_open() const { // a question is under way
-    return questions_.front().is_open() || latest().is_open();
-  }
-  // Whether one may be asked before it is due.
+  const ProbeAttempt &latest() const { return latest_; }
+  bool is_ready() const { return latest_.state() == State::ready; }
+  bool is_open() const { return earlier_.is_open() || latest_.is_open(); }
+  // Whether an attempt may be made before it is due.
   bool can_ask() const {
     return !endpoints_.empty() && !is_ready() && !is_open();
   }
-  // When the next question is due.
+  // When the next attempt is due.
   Time ask_at() const {
-    const bool both_open = questions_.size() == 2 && latest().is_open();
+    const bool both_open = earlier_.is_open() && latest_.is_open();
     if (endpoints_.empty() || is_ready() || both_open) { return Time::max(); }
-    return std::max(questions_.front().next_at(began_),
-                    latest().next_at(began_));
+    return std::max(earlier_.next_at(began_), latest_.next_at(began_));
   }
   void add_events(std::vector<pollfd> &events, Time &until) const {
-    for (const auto &question : questions_) {
-      events.push_back(question.event());
-      until = std::min(until, question.deadline());
+    for (const auto *attempt : {&earlier_, &latest_}) {
+      events.push_back(attempt->event());
+      until = std::min(until, attempt->deadline());
     }
   }
 
 private:
   std::vector<Endpoint> endpoints_;
-  // The latest one, and before it one that is still open.
-  std::list<Question> questions_{1};
+  ProbeAttempt earlier_; // one that is still open beside the latest, if any
+  ProbeAttempt latest_;
   Time began_{};
 };
 
@@ -3840,7 +3832,7 @@ private:
   // A second beside the single port shows within this time, and a program that
   // listens elsewhere is named after it.
   static constexpr seconds settling_time{1};
-  // For the answer to a question that was asked just before the deadline.
+  // For the answer to an attempt that was made just before the deadline.
   static constexpr seconds last_grace{1};
 
   Access grant(Lease &lease) {
@@ -3952,7 +3944,7 @@ private:
   }
 
   // Whether a server accepts connections on a fixed port already; the first
-  // question goes out on that connection. A full backlog counts as a server.
+  // probe goes out on that connection. A full backlog counts as a server.
   bool is_served() {
     if (config_.target_port <= 0) { return false; }
     probe_.aim(endpoints());
@@ -4043,7 +4035,7 @@ private:
   }
 
   // With any_port: finds out which port is the program's, right before each
-  // question, too, since a port that it has given up may be a stranger's.
+  // probe, too, since a port that it has given up may be a stranger's.
   void look_for_port(Time now) {
     const bool due = now >= look_at_ || now >= probe_.ask_at() || is_ready(now);
     if (!finds_port() || !due) { return; }
