@@ -3661,7 +3661,7 @@ inline Endpoint only_endpoint(const std::vector<ListeningSocket> &sockets) {
 
 // Why a request cannot have the target.
 struct Failure {
-  int status = 0;
+  int status = 0; // of the response; 0: it is no failure
   std::string reason;
   milliseconds retry_after{0};
 };
@@ -3689,6 +3689,7 @@ public:
       }
     }
 
+    bool is_granted() const { return supervisor_ != nullptr; }
     std::uint64_t generation() const { return generation_; } // of the target
     const Endpoint &endpoint() const { return endpoint_; }
     // A header line if the request had to wait for a start, else "".
@@ -3723,40 +3724,35 @@ public:
     join();
   }
 
-  enum class Access {
-    granted,
-    pending, // ask again when something has changed
-    failed   // respond with the Failure
-  };
-  // Asks for the target, and starts it where need be. `host` is the request's
-  // Host, for the readiness probe.
-  Access acquire(Lease &lease, std::string_view host, Failure &failure) {
+  // Asks for the target, and starts it where need be. Grants the lease or
+  // returns a failure; else the request is to ask again when something has
+  // changed. `host` is the request's Host, for the readiness probe.
+  Failure acquire(Lease &lease, std::string_view host) {
     const Lock lock(mutex_);
-    if (state_ == State::up && !stopping_) { return grant(lease); }
+    if (state_ == State::up && !stopping_) {
+      grant(lease);
+      return {};
+    }
     if (lease.since_ == SteadyClock::time_point::max()) {
       lease.since_ = SteadyClock::now();
       lease.failures_ = failures_;
       hosts_[1] = host;
     }
-    const auto pause = start_at_ - RunningClock::now();
-    if (draining_) {
-      failure = {503, "shutting down", milliseconds(0)};
-    } else if (failures_ != lease.failures_) {
-      failure = failure_;
-    } else if (state_ == State::starting) {
+    if (draining_) { return {503, "shutting down", milliseconds(0)}; }
+    if (failures_ != lease.failures_) { return failure_; }
+    if (state_ == State::starting) {
       // Of a target that was up, the start is long ago.
       if (began_ > up_since_) { lease.start_began_ = began_; }
-      return Access::pending;
-    } else if (!wanted_ && pause.count() > 0) {
-      failure = {503,
-                 concat(failure_.reason, "; it is started again in a moment"),
-                 std::chrono::ceil<milliseconds>(pause)};
-    } else {
-      if (!std::exchange(wanted_, true)) { hosts_[0] = host; }
-      wakeup_.wake();
-      return Access::pending;
+      return {};
     }
-    return Access::failed;
+    const auto pause = start_at_ - RunningClock::now();
+    if (!wanted_ && pause.count() > 0) {
+      return {503, concat(failure_.reason, "; it is started again in a moment"),
+              std::chrono::ceil<milliseconds>(pause)};
+    }
+    if (!std::exchange(wanted_, true)) { hosts_[0] = host; }
+    wakeup_.wake();
+    return {};
   }
 
   // Called from any thread when pending requests should ask again.
@@ -3835,7 +3831,7 @@ private:
   // For the answer to an attempt that was made just before the deadline.
   static constexpr seconds last_grace{1};
 
-  Access grant(Lease &lease) {
+  void grant(Lease &lease) {
     ++status_.in_flight;
     ++status_.requests;
     lease.supervisor_ = this;
@@ -3849,7 +3845,6 @@ private:
           ", warmproxy-ready;dur=", in_milliseconds(up_since_ - spawned_),
           "\r\n");
     }
-    return Access::granted;
   }
 
   // Under mutex_.
@@ -5290,16 +5285,15 @@ private:
 
   bool await_target() {
     if (!read_from_client()) { return false; }
-    Failure failure;
-    switch (shared_.supervisor.acquire(lease_, request_.host(), failure)) {
-    case Supervisor::Access::granted: break;
-    case Supervisor::Access::pending:
+    const auto failure = shared_.supervisor.acquire(lease_, request_.host());
+    if (failure.status) {
+      return respond(error_reply(request_, failure.status, failure.reason,
+                                 failure.retry_after));
+    }
+    if (!lease_.is_granted()) {
       return worker_.loop.now() < show_page_at_
                  ? end(Result::wait)
                  : respond(waiting_page(request_, lease_.waited()));
-    case Supervisor::Access::failed:
-      return respond(error_reply(request_, failure.status, failure.reason,
-                                 failure.retry_after));
     }
     // The waiting page's script: it learns that the target is ready.
     if (request_.method == "GET" && request_.find("Warmproxy-Wait")) {
