@@ -3713,9 +3713,13 @@ public:
     std::uint64_t failures_ = 0; // of starts, before it waited
   };
 
+  // `notify` is called from any thread when pending requests should ask again,
+  // and `close_idle` from the supervisor's before the target is asked to stop.
   // Throws std::system_error.
-  Supervisor(const Config &config, const Log &log)
-      : config_(config), log_(log), process_(config, log) {
+  Supervisor(const Config &config, const Log &log, std::function<void()> notify,
+             std::function<void()> close_idle)
+      : config_(config), log_(log), process_(config, log),
+        notify_(std::move(notify)), close_idle_(std::move(close_idle)) {
     endpoint_.port = std::max(config.target_port, 0);
     thread_ = std::thread([this] { run(); });
   }
@@ -3755,18 +3759,6 @@ public:
     return {};
   }
 
-  // Called from any thread when pending requests should ask again.
-  void on_change(std::function<void()> notify) {
-    const Lock lock(mutex_);
-    notify_ = std::move(notify);
-  }
-
-  // Called by the supervisor's thread before the target is asked to stop.
-  void before_stop(std::function<void()> close_idle) {
-    const Lock lock(callback_mutex_);
-    close_idle_ = std::move(close_idle);
-  }
-
   // A new connection was refused, or closed without a response: is the target
   // still there?
   void suspect(const Lease &lease) {
@@ -3787,7 +3779,7 @@ public:
   void drain() {
     const Lock lock(mutex_);
     draining_ = true;
-    changed();
+    notify_();
     wakeup_.wake();
   }
 
@@ -3847,15 +3839,10 @@ private:
     }
   }
 
-  // Under mutex_.
-  void changed() {
-    if (notify_) { notify_(); }
-  }
-
   void set_state(State state) {
     const Lock lock(mutex_);
     state_ = state;
-    changed();
+    notify_();
   }
 
   // Fails the requests that wait now.
@@ -3863,7 +3850,7 @@ private:
     const Lock lock(mutex_);
     failure_ = {status, reason, pause_};
     ++failures_;
-    changed();
+    notify_();
   }
 
   // The pauses between failed starts: 100 ms, doubling to 5 s.
@@ -4207,8 +4194,7 @@ private:
         // What it has left only holds the port that the next one needs.
         deadline = std::min(deadline, SteadyClock::now() + seconds(1));
       } else {
-        const Lock lock(callback_mutex_);
-        if (close_idle_) { close_idle_(); }
+        close_idle_();
       }
       process_.stop(std::min(deadline, stop_deadline_.load()));
       const Lock lock(mutex_);
@@ -4221,6 +4207,7 @@ private:
   const Log &log_;
   Wakeup wakeup_;
   Process process_;
+  const std::function<void()> notify_, close_idle_;
 
   // The thread's own.
   Probe probe_;
@@ -4231,7 +4218,6 @@ private:
   // Guards what follows. The thread reads without it what only it writes, and
   // the atomic ones.
   mutable std::mutex mutex_;
-  std::function<void()> notify_;
   std::atomic<State> state_{State::cold};
   std::atomic<bool> draining_{false}, stopping_{false};
   std::atomic<SteadyClock::time_point> stop_deadline_{
@@ -4247,9 +4233,6 @@ private:
   std::uint64_t failures_ = 0; // of starts
   Failure failure_;            // the last one
   Time start_at_{};            // not before
-
-  std::mutex callback_mutex_; // of the next; held while it runs
-  std::function<void()> close_idle_;
 
   std::thread thread_;
 };
@@ -5883,23 +5866,23 @@ private:
 
 class Server {
 public:
-  Server(const Config &config, const Log &log, Supervisor &supervisor,
-         Vercel *vercel, OwnRoutes &routes)
-      : shared_(config, log, supervisor, vercel, routes) {
+  // Throws std::system_error.
+  Server(const Config &config, const Log &log, Vercel *vercel,
+         OwnRoutes &routes)
+      : shared_(config, log, supervisor_, vercel, routes),
+        supervisor_(
+            config, log, [this] { notify_all(); },
+            [this] { close_idle_upstreams(); }) {
     const auto cpus = std::thread::hardware_concurrency();
     const auto count = std::clamp<unsigned>(cpus, 1, WARMPROXY_MAX_LOOPS);
     for (unsigned i = 0; i < count; ++i) {
       shared_.workers.push_back(std::make_unique<Worker>(shared_));
     }
-    supervisor.on_change([this] { notify_all(); });
-    supervisor.before_stop([this] { close_idle_upstreams(); });
   }
   // Stops, and waits for run() to return.
   ~Server() {
     stop();
     const std::lock_guard<std::mutex> lock(run_mutex_);
-    shared_.supervisor.on_change({});
-    shared_.supervisor.before_stop({});
   }
 
   // Returns the port, 0 being a free one, or -1, and errno where it is known.
@@ -5943,7 +5926,7 @@ public:
     for (auto &[prefix, server] : own_routes) {
       server.open(); // may throw, so before there are threads to join
     }
-    if (shared_.config.prewarm) { shared_.supervisor.prewarm(); }
+    if (shared_.config.prewarm) { supervisor_.prewarm(); }
     start_loops();
     accept_until_stopped();
     drain();
@@ -5965,6 +5948,7 @@ public:
     notify_all();
   }
   std::size_t connections() const { return shared_.connections(); }
+  const Supervisor &supervisor() const { return supervisor_; }
 
   void set_pre_routing_handler(httplib::Server::HandlerWithResponse handler) {
     shared_.pre_routing_handler = std::move(handler);
@@ -6091,17 +6075,16 @@ private:
   // that the target itself has to end, or half of the budget is used, the
   // target gets SIGTERM. What is left at the end of the budget is aborted.
   void drain() {
-    auto &supervisor = shared_.supervisor;
     const auto budget = clamped(shared_.config.stop_timeout);
     const auto half = SteadyClock::now() + budget / 2;
     const auto deadline = half + budget / 2;
     shared_.waiting_for_end = true;
-    supervisor.drain();
+    supervisor_.drain();
     notify_all();
     while (const auto count = connections()) {
       const auto now = SteadyClock::now();
       if (now >= half || count <= shared_.endless + shared_.lingering) {
-        supervisor.stop(deadline);
+        supervisor_.stop(deadline);
       }
       if (now >= deadline && !shared_.aborting.exchange(true)) {
         shared_.log(concat(
@@ -6118,8 +6101,8 @@ private:
     // This loop's own idle connections; the supervisor has the others closed.
     shared_.close_idle_upstreams();
     own_loop().turn(own_loop().now());
-    supervisor.stop(deadline);
-    supervisor.join();
+    supervisor_.stop(deadline);
+    supervisor_.join();
   }
 
   Shared shared_;
@@ -6128,6 +6111,7 @@ private:
   std::mutex run_mutex_; // held by run()
   std::atomic<bool> has_run_{false}, over_{false};
   std::vector<std::thread> threads_; // of all loops but own_loop()
+  Supervisor supervisor_; // the last, since it calls the server until it ends
 };
 
 // ---- Settings: the environment and the command line -------------------------
@@ -6448,8 +6432,8 @@ class Proxy::Impl {
 public:
   // Throws std::system_error. `vercel` may be null.
   Impl(detail::Config c, detail::Vercel *vercel)
-      : config(std::move(c)), log(config), supervisor(config, log),
-        server(config, log, supervisor, vercel, routes) {}
+      : config(std::move(c)), log(config), server(config, log, vercel, routes) {
+  }
 
   // Serves until a signal of `signals`, which are blocked. Throws
   // std::runtime_error.
@@ -6465,7 +6449,6 @@ public:
 
   const detail::Config config;
   const detail::Log log;
-  detail::Supervisor supervisor;
   detail::OwnRoutes routes;
   detail::Server server;
 };
@@ -6492,7 +6475,7 @@ inline bool Proxy::listen_after_bind() { return impl_->server.run(); }
 inline void Proxy::stop() { impl_->server.stop(); }
 
 inline Status Proxy::status() const {
-  auto status = impl_->supervisor.status();
+  auto status = impl_->server.supervisor().status();
   status.connections = impl_->server.connections();
   return status;
 }
@@ -6652,8 +6635,9 @@ inline void Proxy::Impl::serve(const sigset_t &signals, detail::Vercel *vercel,
     log("stopping: running requests may finish; a second signal ends them");
   };
   std::atomic<bool> over{false};
-  std::thread thread(
-      [&] { detail::handle_signals(signals, over, supervisor, stop); });
+  std::thread thread([&] {
+    detail::handle_signals(signals, over, server.supervisor(), stop);
+  });
   if (vercel) {
     vercel->started(std::chrono::duration_cast<std::chrono::milliseconds>(
                         detail::SteadyClock::now() - began),
