@@ -2731,9 +2731,6 @@ public:
   // Returns the path of the copy. Throws the reason why there is none.
   std::string make() {
     list("");
-    for (std::size_t i = 0; i < entries_.size(); ++i) {
-      if (S_ISDIR(entries_[i].status.st_mode)) { list(entries_[i].path + "/"); }
-    }
     const auto copy = concat(scratch_, "/", fingerprint());
     if (exists(copy)) { return copy; }
     make_unfinished();
@@ -2753,7 +2750,7 @@ private:
     std::string link; // what a symbolic link holds
   };
 
-  // Adds what is in `folder`: "" or "a/b/".
+  // Adds all that is in `folder`: "" or "a/b/".
   void list(const std::string &folder) {
     const auto path = concat(source_, "/", folder);
     std::error_code error;
@@ -2771,6 +2768,7 @@ private:
       if (S_ISLNK(mode) || S_ISREG(mode) ||
           (S_ISDIR(mode) && from != scratch_)) {
         entries_.push_back(std::move(entry));
+        if (S_ISDIR(mode)) { list(entries_.back().path + "/"); }
       }
     }
   }
