@@ -3127,9 +3127,12 @@ inline std::map<std::string, std::string> sockets_of(pid_t group) {
   return sockets;
 }
 
-// Its sockets that listen; none if /proc cannot be read.
+// Its sockets that listen, of which several may have the same port. None if
+// /proc cannot be read, and of group 0, where processes of other namespaces are
+// seen.
 inline std::vector<ListeningSocket> listeners_of(pid_t group) {
   std::vector<ListeningSocket> found;
+  if (group == 0) { return found; }
   const auto sockets = sockets_of(group);
   // Our own network's tables: what is in another cannot be connected to.
   for (const auto table : {"/proc/self/net/tcp", "/proc/self/net/tcp6"}) {
@@ -3244,12 +3247,6 @@ public:
     watchdog_.watch(0);
     pidfd_.reset();
     pid_ = 0;
-  }
-
-  // The listening TCP sockets of the process group. Several may have the same
-  // port. Empty if /proc cannot be read.
-  std::vector<ListeningSocket> listeners() const {
-    return started() ? listeners_of(pid_) : std::vector<ListeningSocket>();
   }
 
 private:
@@ -3967,11 +3964,8 @@ private:
   // The Hosts take turns: servers close the connection to unknown ones, and one
   // visitor with a wrong Host must not keep the target from being found ready.
   void ask(Time now) {
-    std::string host;
-    {
-      const Lock lock(mutex_);
-      host = hosts_[host_turn_++ % 3];
-    }
+    const Lock lock(mutex_);
+    const auto &host = hosts_[host_turn_++ % 3];
     probe_.ask(config_.health_path, host.empty() ? "localhost" : host, now);
   }
 
@@ -4020,20 +4014,18 @@ private:
     const bool due = now >= look_at_ || now >= probe_.ask_at() || is_ready(now);
     if (!finds_port() || !due) { return; }
     look_at_ = later(now, milliseconds(50));
-    const auto found = only_endpoint(process_.listeners());
+    const auto found = only_endpoint(listeners_of(process_.pid()));
     if (found.port == endpoint_.port) { return; }
     settled_at_ = later(now, settling_time);
-    {
-      const Lock lock(mutex_);
-      endpoint_ = found;
-    }
+    const Lock lock(mutex_);
+    endpoint_ = found;
     probe_.aim(endpoints());
   }
 
   // What is wrong with where the program listens, and what to set; "" if
   // nothing is.
   std::string listening_problem() const {
-    const auto sockets = process_.listeners();
+    const auto sockets = listeners_of(process_.pid());
     std::set<std::string> places;
     std::set<int> ports; // that can be reached
     for (const auto &socket : sockets) {
@@ -4157,12 +4149,10 @@ private:
     } else {
       back_off();
     }
-    {
-      const Lock lock(mutex_);
-      failure_.reason = concat("the target ", process_.exit_text());
-    }
     log_(concat("target ", process_.exit_text(), " after ", in_seconds(lived),
                 " s; the next request starts it again"));
+    const Lock lock(mutex_);
+    failure_.reason = concat("the target ", process_.exit_text());
   }
 
   // Else `until` is when to ask again.

@@ -908,7 +908,7 @@ TEST_CASE("listeners: the sockets of the process group and no others" *
   SocketAddress address(Endpoint{false, 0});
   bind(other.get(), address.get(), address.size);
   listen(other.get(), 1);
-  CHECK(run.process.listeners().empty());
+  CHECK(listeners_of(run.process.pid()).empty());
   SUBCASE("the target's own") {}
   SUBCASE("those of a child") {
     run.config.binary = "sh";
@@ -917,7 +917,7 @@ TEST_CASE("listeners: the sockets of the process group and no others" *
   REQUIRE(run.start(port) == "");
   std::vector<ListeningSocket> found;
   REQUIRE(support::wait_for([&] {
-    found = run.process.listeners();
+    found = listeners_of(run.process.pid());
     return !found.empty();
   }));
   REQUIRE(found.size() == 1);
@@ -927,7 +927,7 @@ TEST_CASE("listeners: the sockets of the process group and no others" *
   CHECK_FALSE(found[0].ipv6);
   CHECK(found[0].program == "fake");
   run.stop();
-  CHECK(run.process.listeners().empty());
+  CHECK(listeners_of(run.process.pid()).empty());
 }
 
 TEST_CASE("listeners: which of them can be reached" *
@@ -945,7 +945,7 @@ TEST_CASE("listeners: which of them can be reached" *
     REQUIRE(run.start(support::free_port()) == "");
     std::vector<ListeningSocket> found;
     REQUIRE(support::wait_for([&] {
-      found = run.process.listeners();
+      found = listeners_of(run.process.pid());
       return !found.empty();
     }));
     CHECK(found[0].address == c.address);
