@@ -1950,12 +1950,15 @@ inline Descriptor dial(const Endpoint &endpoint) {
   return fd;
 }
 
-// Why a dialed socket could not be connected; 0: it is connected, or the
-// connect is still in progress.
-inline int connect_error(int fd) {
+// Waits up to `timeout` milliseconds for what dial() has returned. Returns 0 if
+// it is connected, EINPROGRESS if that takes longer, else why it is not.
+inline int connect_error(const Descriptor &fd, int timeout) {
+  if (!fd) { return errno; }
+  pollfd out{fd.get(), POLLOUT, 0};
+  if (::poll(&out, 1, timeout) <= 0) { return EINPROGRESS; }
   int error = 0;
   socklen_t size = sizeof(error);
-  ::getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size);
+  ::getsockopt(fd.get(), SOL_SOCKET, SO_ERROR, &error, &size);
   return error;
 }
 
@@ -3452,12 +3455,8 @@ private:
   // Like receive(), returns whether to go on.
   bool connect() {
     if (!fd_) { fd_ = dial(endpoint()); }
-    int error = errno;
-    if (fd_) {
-      pollfd out{fd_.get(), POLLOUT, 0};
-      if (::poll(&out, 1, 0) <= 0) { return false; }
-      error = connect_error(fd_.get());
-    }
+    const int error = connect_error(fd_, 0);
+    if (error == EINPROGRESS) { return false; }
     if (error == 0) { return send_request(); }
     fd_.reset();
     if (error_ == 0) { error_ = error; }
@@ -4119,11 +4118,7 @@ private:
 
   // A full backlog is no evidence of death, nor is that we lack something.
   bool refuses_connections() const {
-    const auto fd = dial(endpoint_);
-    if (!fd) { return errno == ECONNREFUSED; }
-    pollfd out{fd.get(), POLLOUT, 0};
-    ::poll(&out, 1, 100);
-    return connect_error(fd.get()) == ECONNREFUSED;
+    return connect_error(dial(endpoint_), 100) == ECONNREFUSED;
   }
 
   // A target that refuses connections is ended, but not in the middle of a
