@@ -233,7 +233,7 @@ TEST_CASE("readiness: a large first page is read to its end") {
   CHECK(wait_for([&] { return target.open() == 0 || target.open() == 1; }));
 }
 
-// ---- one question at a time ------------------------------------------------
+// ---- one attempt at a time -------------------------------------------------
 
 TEST_CASE("readiness: a slow first page of a server with one thread") {
   RunningProxy proxy(fake_target({"--one-at-a-time", "--root-delay", "2500"}));
@@ -242,7 +242,7 @@ TEST_CASE("readiness: a slow first page of a server with one thread") {
   CHECK(Clock::now() - began < Milliseconds(10000));
 }
 
-TEST_CASE("readiness: a question is not given up while the target lives") {
+TEST_CASE("readiness: an attempt is not given up while the target lives") {
   ScriptedTarget target([](TargetConnection &c) {
     for (auto head = c.read_head(); !head.empty(); head = c.read_head()) {
       if (has(head, "GET / ")) { pass(Milliseconds(2500)); }
@@ -256,7 +256,7 @@ TEST_CASE("readiness: a question is not given up while the target lives") {
   CHECK(asked(target) == Strings{"GET /", "GET /page"});
 }
 
-TEST_CASE("readiness: a second question after one that stays unanswered") {
+TEST_CASE("readiness: a second attempt after one that stays unanswered") {
   if (!in_full) { return; } // WARMPROXY_PROBE_PATIENCE is 15 s
   std::atomic<int> count{0};
   ScriptedTarget target([&](TargetConnection &c) {
