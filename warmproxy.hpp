@@ -3790,17 +3790,16 @@ public:
   }
 
   Status status() const {
-    using std::chrono::duration_cast;
     static constexpr const char *names[] = {"cold", "starting", "up",
                                             "stopping"};
     const Lock lock(mutex_);
     auto status = status_;
     status.state = names[static_cast<int>(state_.load())];
-    status.pid = state_ == State::cold ? 0 : static_cast<long>(process_.pid());
+    status.pid = process_.pid();
     status.port = endpoint_.port;
     if (state_ == State::up) {
-      status.up_for =
-          duration_cast<milliseconds>(SteadyClock::now() - up_since_);
+      status.up_for = std::chrono::duration_cast<milliseconds>(
+          SteadyClock::now() - up_since_);
     }
     return status;
   }
