@@ -3178,24 +3178,33 @@ public:
     ::getrlimit(RLIMIT_NOFILE, &files_);
   }
 
-  // Starts the program. Returns the reason why it cannot be started; "" if it
-  // was. `cancelled` is polled during long work: the scratch copy, and while
-  // the program's file is still being written.
-  std::string start(int port, const std::function<bool()> &cancelled,
-                    Time deadline) {
-    const std::function<void()> check = [&] {
-      if (cancelled()) { fail_start("the start was cancelled"); }
-      if (RunningClock::now() >= deadline) {
-        fail_start("the time was over; see WARMPROXY_STARTUP_TIMEOUT");
-      }
-    };
+  // Starts the program, or throws the reason why it cannot be started. `check`
+  // is called during long work (the scratch copy, and while the program's file
+  // is still being written) and may throw, to cancel the start.
+  void start(int port, const std::function<void()> &check) {
     exit_text_.clear();
-    try {
-      launch(prepare_program(config_, log_, check), decimal(port), check);
-    } catch (const std::filesystem::filesystem_error &error) {
-      return concat(printable(error.path1()), ": ", error.code().message());
-    } catch (const std::exception &error) { return error.what(); }
-    return {};
+    auto program = prepare_program(config_, log_, check);
+    const auto port_text = decimal(port);
+    std::vector<char *> argv{program.argv0.data()}, envp;
+    auto arguments = config_.args;
+    for (auto &argument : arguments) {
+      replace_all(argument, "{port}", port_text);
+      argv.push_back(argument.data());
+    }
+    argv.push_back(nullptr);
+    auto environment = environment_for(config_, program.directory, port_text);
+    for (auto &[name, text] : environment) {
+      envp.push_back(text.data());
+    }
+    envp.push_back(nullptr);
+    while (const int error = spawn(program, argv.data(), envp.data())) {
+      if (error != ETXTBSY) {
+        fail_start(concat(printable(program.path), ": ",
+                          explain_file(program.path, error)));
+      }
+      check(); // its file is still being written
+      ::poll(nullptr, 0, 20);
+    }
   }
   // From start() until stop() has returned, though it may have exited().
   bool started() const { return pid_ != 0; }
@@ -3253,30 +3262,6 @@ public:
   }
 
 private:
-  void launch(Program program, const std::string &port,
-              const std::function<void()> &check) {
-    std::vector<char *> argv{program.argv0.data()}, envp;
-    auto arguments = config_.args;
-    for (auto &argument : arguments) {
-      replace_all(argument, "{port}", port);
-      argv.push_back(argument.data());
-    }
-    argv.push_back(nullptr);
-    auto environment = environment_for(config_, program.directory, port);
-    for (auto &[name, text] : environment) {
-      envp.push_back(text.data());
-    }
-    envp.push_back(nullptr);
-    while (const int error = spawn(program, argv.data(), envp.data())) {
-      if (error != ETXTBSY) {
-        fail_start(concat(printable(program.path), ": ",
-                          explain_file(program.path, error)));
-      }
-      check(); // its file is still being written
-      ::poll(nullptr, 0, 20);
-    }
-  }
-
   // Returns the error; 0: the program runs.
   int spawn(const Program &program, char *const *argv, char *const *envp) {
     Descriptor reading, writing;
@@ -3936,9 +3921,18 @@ private:
   }
 
   bool start_process(Time deadline) {
-    const auto reason = process_.start(
-        finds_port() ? free_port() : endpoint_.port,
-        [this] { return draining_.load(); }, deadline);
+    const auto check = [&] {
+      if (draining_) { fail_start("the start was cancelled"); }
+      if (RunningClock::now() >= deadline) {
+        fail_start("the time was over; see WARMPROXY_STARTUP_TIMEOUT");
+      }
+    };
+    std::string reason;
+    try {
+      process_.start(finds_port() ? free_port() : endpoint_.port, check);
+    } catch (const std::filesystem::filesystem_error &error) {
+      reason = concat(printable(error.path1()), ": ", error.code().message());
+    } catch (const std::exception &error) { reason = error.what(); }
     if (draining_) { return false; }
     if (!reason.empty()) {
       const std::string what = "the target cannot be started: ";

@@ -185,11 +185,18 @@ TEST_CASE("start errors: the program cannot be executed") {
     unlink(program.c_str());
     reason = "no such file";
   }
+  int writing = -1;
+  SUBCASE("because it is still being written when the time is over") {
+    writing = open(program.c_str(), O_WRONLY | O_CLOEXEC);
+    options.startup_timeout = Milliseconds(100);
+    reason = "the time was over; see WARMPROXY_STARTUP_TIMEOUT";
+  }
   RunningProxy proxy(options);
   const auto response = get(proxy.port());
   CHECK(response.status == 502);
   CHECK(has(response.body, reason));
   CHECK(children_of(getpid()).size() == 1); // the watchdog process
+  close(writing);
 }
 
 TEST_CASE("start errors: a fixed port is taken") {
