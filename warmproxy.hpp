@@ -3031,10 +3031,7 @@ public:
     pid_ = make_pipe(reading, writing_) ? ::fork() : -1;
     if (pid_ == 0) { run(reading.get(), self.get()); }
     ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    if (pid_ < 0) {
-      throw std::system_error(errno, std::generic_category(),
-                              "watchdog process");
-    }
+    if (pid_ < 0) { throw_errno("watchdog process"); }
   }
   ~Watchdog() {
     watch(-1);
