@@ -3103,10 +3103,9 @@ inline std::string address_from_hex(const std::string &hex) {
   std::sscanf(hex.c_str(), "%8x%8x%8x%8x", &words[0], &words[1], &words[2],
               &words[3]);
   SocketAddress address(Endpoint{hex.size() > 8, 0});
-  const auto at = hex.size() > 8 ? offsetof(sockaddr_in6, sin6_addr)
-                                 : offsetof(sockaddr_in, sin_addr);
-  std::memcpy(reinterpret_cast<char *>(&address.storage) + at, words.data(),
-              hex.size() / 2);
+  void *bytes = &address.in.sin_addr;
+  if (hex.size() > 8) { bytes = &address.in6.sin6_addr; }
+  std::memcpy(bytes, words.data(), hex.size() / 2);
   return address.text();
 }
 
@@ -3155,8 +3154,8 @@ inline std::vector<ListeningSocket> listeners_of(pid_t group) {
       const auto it = sockets.find(concat("socket:[", decimal(inode), "]"));
       if (state != listening || it == sockets.end()) { continue; }
       const auto address = address_from_hex(local);
-      const bool reachable = address == "0.0.0.0" || address == "127.0.0.1" ||
-                             address == "::" || address == "::1";
+      const bool reachable =
+          is_one_of(address, {"0.0.0.0", "127.0.0.1", "::", "::1"});
       found.push_back({address, static_cast<int>(port), reachable,
                        contains(address, ":"), it->second});
     }
