@@ -3883,9 +3883,8 @@ private:
     state_ = State::starting;
     ++status_.starts;
     began_ = SteadyClock::now();
-    endpoint_ = {false, config_.target_port == 0
-                            ? free_port()
-                            : std::max(config_.target_port, 0)};
+    endpoint_ = {false, std::max(config_.target_port, 0)};
+    if (config_.target_port == 0) { endpoint_.port = free_port(); }
     host_turn_ = 0;
     return true;
   }
