@@ -3155,7 +3155,7 @@ inline std::vector<ListeningSocket> listeners_of(pid_t group) {
       if (state != listening || it == sockets.end()) { continue; }
       const auto address = address_from_hex(local);
       const bool reachable =
-          is_one_of(address, {"0.0.0.0", "127.0.0.1", "::", "::1"});
+          is_one_of(address, "0.0.0.0", "127.0.0.1", "::", "::1");
       found.push_back({address, static_cast<int>(port), reachable,
                        contains(address, ":"), it->second});
     }
