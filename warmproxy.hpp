@@ -1821,7 +1821,9 @@ private:
   // In one call, so that lines of several threads and the target do not mix.
   bool write_text(const std::string &text) const {
     pollfd out{own_ ? own_.get() : STDERR_FILENO, POLLOUT, 0};
-    return ::poll(&out, 1, 0) > 0 &&
+    ::poll(&out, 1, 0);
+    // With POLLERR nobody reads, and a write would raise SIGPIPE.
+    return out.revents == POLLOUT &&
            ::write(out.fd, text.data(), text.size()) > 0;
   }
 
@@ -2595,20 +2597,6 @@ inline std::string read_start(const std::string &path) {
   return bytes;
 }
 
-inline std::string explain_script(const std::string &file) {
-  const auto line = trim(until(std::string_view(file).substr(2), '\n'));
-  const std::string interpreter(line.substr(0, line.find_first_of(" \t")));
-  if (ends_with(interpreter, "\r") ||
-      (ends_with(interpreter, "/env") && ends_with(line, "\r"))) {
-    return "its first line ends with a carriage return (Windows line ends)";
-  }
-  const bool is_missing =
-      starts_with(interpreter, "/") && ::access(interpreter.c_str(), F_OK) != 0;
-  return is_missing ? concat("its interpreter ", printable(interpreter),
-                             " does not exist")
-                    : "";
-}
-
 // For a file that exists, execve(2) returns ENOENT if the dynamic linker does
 // not. An ELF file names it near its start, as "/lib64/ld-linux-x86-64.so.2".
 inline std::string explain_linker(const std::string &file) {
@@ -2618,6 +2606,8 @@ inline std::string explain_linker(const std::string &file) {
   return concat("its dynamic linker ", printable(linker),
                 " does not exist (it was built for another C library)");
 }
+
+inline std::string explain_script(const std::string &file, int error);
 
 // Why the file cannot be executed, as far as it can be seen; "" if nothing is
 // seen to be wrong. `error` is what execve(2) returned; 0: it was not called.
@@ -2637,15 +2627,34 @@ inline std::string explain_file(const std::string &path, int error) {
   const auto file = read_start(path);
   std::string reason;
   if (starts_with(file, "#!")) {
-    reason = explain_script(file);
+    reason = explain_script(file, error);
   } else if (error == ENOENT) {
     reason = explain_linker(file);
   } else if (error == ENOEXEC) {
-    reason = has_control(until(file, '\n'))
+    reason = file.empty() ? "it is empty"
+             : contains(file, '\0')
                  ? "it was built for another system or processor"
                  : "it is a script without a #! line";
   }
   return reason.empty() && error ? error_text(error) : reason;
+}
+
+// An error that execve(2) returns for a script is its interpreter's.
+inline std::string explain_script(const std::string &file, int error) {
+  const auto line = trim(until(std::string_view(file).substr(2), '\n'));
+  if (ends_with(line, "\r")) {
+    return "its first line ends with a carriage return (Windows line ends)";
+  }
+  const std::string path(line.substr(0, line.find_first_of(" \t")));
+  const auto interpreter = concat("its interpreter ", printable(path));
+  // Before a start, it is not known where a relative path begins.
+  if ((error != 0 || starts_with(path, "/")) &&
+      ::access(path.c_str(), F_OK) != 0) {
+    return concat(interpreter, " does not exist");
+  }
+  // ELOOP: it may be a script, and its interpreter this file.
+  const auto reason = error && error != ELOOP ? explain_file(path, error) : "";
+  return reason.empty() ? "" : concat(interpreter, ": ", reason);
 }
 
 // Finds Options::binary: the first place with a file that we may execute, else
@@ -2789,6 +2798,14 @@ private:
   // folder's times and size change only with its names, which count anyway.
   std::string fingerprint() const {
     std::uint64_t sum = 0;
+    const auto add = [&sum](std::string_view text) {
+      std::uint64_t hash = 14695981039346656037U; // FNV-1a
+      for (const char c : text) {
+        hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211U;
+      }
+      sum += hash ^ (hash >> 32);
+    };
+    add(source_); // two empty directories are not one release
     for (const auto &[path, status, link] : entries_) {
       const std::string_view end("\0", 1);
       auto text = concat(path, end, link, end, decimal(status.st_mode));
@@ -2797,11 +2814,7 @@ private:
                decimal(status.st_ctim.tv_sec), " ",
                decimal(status.st_ctim.tv_nsec));
       }
-      std::uint64_t hash = 14695981039346656037U; // FNV-1a
-      for (const char c : text) {
-        hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211U;
-      }
-      sum += hash ^ (hash >> 32);
+      add(text);
     }
     char text[17];
     std::snprintf(text, sizeof(text), "%016llx",
@@ -2822,7 +2835,10 @@ private:
   // alive; until it has one, the lock on `scratch` keeps them away.
   void make_unfinished() {
     const auto scratch = open_file(scratch_, O_RDONLY | O_DIRECTORY);
-    ::flock(scratch.get(), LOCK_EX);
+    while (::flock(scratch.get(), LOCK_EX | LOCK_NB) != 0) {
+      check_();
+      ::poll(nullptr, 0, 10);
+    }
     tidy_up();
     unfinished_ = concat(scratch_, "/.unfinished-XXXXXX");
     if (::mkdtemp(unfinished_.data())) {
@@ -2864,11 +2880,13 @@ private:
     }
     // Afterwards, since filling a folder changes its time. The owner may always
     // write, or the copy of a read-only release (Nix) would be read-only, too.
+    // A set-user-ID bit meant the owner of the original.
     for (const auto &[path, status, link] : entries_) {
       const auto to = concat(unfinished_, "/", path);
       const mode_t owner = S_ISDIR(status.st_mode) ? S_IRWXU : S_IWUSR;
+      const mode_t kept = status.st_uid == ::geteuid() ? 07777 : 01777;
       if (!S_ISLNK(status.st_mode)) {
-        ::chmod(to.c_str(), (status.st_mode & 07777) | owner);
+        ::chmod(to.c_str(), (status.st_mode & kept) | owner);
       }
       const timespec times[] = {status.st_atim, status.st_mtim};
       ::utimensat(AT_FDCWD, to.c_str(), times, AT_SYMLINK_NOFOLLOW);
@@ -2880,24 +2898,39 @@ private:
     if (!reading) { return skip(from, errno); }
     auto writing = open_file(to, O_WRONLY | O_CREAT | O_EXCL);
     if (!writing) { fail_start_at(to, errno); }
+    for (off_t at = 0;;) {
+      check_();
+      const auto data = ::lseek(reading.get(), at, SEEK_DATA);
+      if (data < 0 && errno == ENXIO) { break; } // nothing but a hole is left
+      at = std::max(at, data);
+      const auto hole = ::lseek(reading.get(), at, SEEK_HOLE);
+      const auto room = static_cast<std::size_t>(
+          std::clamp<off_t>(hole - at, 65536, 8 << 20));
 #if defined(__linux__) && defined(SYS_copy_file_range)
-    while (::syscall(SYS_copy_file_range, reading.get(), nullptr, writing.get(),
-                     nullptr, std::size_t{8} << 20, 0) > 0) {
-      check_();
-    }
+      auto from_at = static_cast<loff_t>(at), to_at = from_at;
+      if (::syscall(SYS_copy_file_range, reading.get(), &from_at, writing.get(),
+                    &to_at, room, 0) > 0) {
+        at = to_at;
+        continue;
+      }
 #endif
-    // What is left, where the kernel cannot do it.
-    std::array<char, 65536> bytes;
-    while (const auto n = ::read(reading.get(), bytes.data(), bytes.size())) {
-      check_();
+      std::array<char, 65536> bytes;
+      const auto n = ::pread(reading.get(), bytes.data(),
+                             std::min(room, bytes.size()), at);
       if (n < 0) { fail_start_at(from, errno); }
+      if (n == 0) { break; }
       errno = ENOSPC; // what a partial write means
-      if (::write(writing.get(), bytes.data(), static_cast<std::size_t>(n)) !=
-          n) {
+      if (::pwrite(writing.get(), bytes.data(), static_cast<std::size_t>(n),
+                   at) != n) {
         fail_start_at(to, errno);
       }
+      at += n;
     }
-    if (::close(writing.release()) != 0) { fail_start_at(to, errno); }
+    const auto size = ::lseek(reading.get(), 0, SEEK_END);
+    if (::ftruncate(writing.get(), size) != 0 ||
+        ::close(writing.release()) != 0) {
+      fail_start_at(to, errno);
+    }
   }
 
   // What a symbolic link holds in the copy: a relative one must still find its
@@ -2938,6 +2971,7 @@ struct Program {
   std::string path;      // absolute
   std::string argv0;     // as seen from `directory`
   std::string directory; // absolute
+  bool moves = false;    // `directory` is not the current one
 
   // What to execute from `directory`: the kernel tells a script its path in
   // place of argv[0].
@@ -2952,10 +2986,16 @@ inline Program prepare_program(const Config &config, const Log &log,
   const auto place = find_program(config.binary);
   Program program;
   program.path = absolute_path(place);
-  const auto &folder = config.directory.empty() ? "." : config.directory;
   std::error_code error;
-  program.directory = std::filesystem::canonical(folder, error);
-  if (error) { fail_start_at(concat("directory ", folder), error.value()); }
+  // Without change where possible: it need not be one that can be entered.
+  const auto current = std::filesystem::current_path(error).string();
+  program.directory = current;
+  if (!config.directory.empty()) {
+    program.directory = std::filesystem::canonical(config.directory, error);
+  }
+  if (error) {
+    fail_start_at(concat("directory ", config.directory), error.value());
+  }
   const auto within = path_within(program.directory, program.path);
   if (!config.scratch.empty()) {
     program.directory =
@@ -2964,6 +3004,7 @@ inline Program prepare_program(const Config &config, const Log &log,
       program.path = concat(program.directory, "/", within);
     }
   }
+  program.moves = program.directory != current;
   // argv[0] has to name the file that runs as seen from the working directory:
   // virtual environments and programs that keep data beside themselves find
   // their place by it. As it was given, where that does; else inside the
@@ -3038,7 +3079,6 @@ public:
     while (::waitpid(pid_, nullptr, 0) < 0 && errno == EINTR) {}
   }
 
-  pid_t pid() const { return pid_; }
   // Sets the group to kill; 0: none, -1: the watchdog ends.
   void watch(pid_t group) const {
     if (::write(writing_.get(), &group, sizeof(group)) < 0) {}
@@ -3074,19 +3114,19 @@ private:
 // Calls `function` with the pid of each process of a group that is no zombie.
 // Returns false if /proc cannot be read.
 template <typename F> bool for_each_member(pid_t group, F function) {
-  bool known = false;
   std::error_code error;
+  // It may be that of another PID namespace.
+  const auto self = std::filesystem::read_symlink("/proc/self", error);
+  if (self != decimal(::getpid())) { return false; }
   for (const auto &name : names_in("/proc", error)) {
     pid_t pid = 0;
-    if (!to_number(name, pid)) { continue; }
-    known = true;
-    if (::getpgid(pid) != group) { continue; }
+    if (!to_number(name, pid) || ::getpgid(pid) != group) { continue; }
     const auto text = read_start(concat("/proc/", name, "/stat"));
     const auto end = text.rfind(") "); // the program's name may have one, too
     const char state = end == std::string::npos ? 'X' : text[end + 2];
     if (state != 'Z' && state != 'X') { function(pid); }
   }
-  return known;
+  return true;
 }
 
 struct ListeningSocket {
@@ -3206,8 +3246,8 @@ public:
   bool started() const { return pid_ != 0; }
   // Of the target and its process group; 0: none.
   pid_t pid() const { return pid_; }
-  // Whether it is the target's or the watchdog's, which are reaped here.
-  bool owns(pid_t pid) const { return pid == pid_ || pid == watchdog_.pid(); }
+  // Whether it is the target's, which is reaped here.
+  bool owns(pid_t pid) const { return pid == pid_; }
   // Polls readable when the target exits. -1: poll exited() every 10 ms.
   int exit_fd() const { return pidfd_.get(); }
 
@@ -3229,7 +3269,8 @@ public:
   }
   // "exited with status 1", "was killed by signal 9". Stays until start().
   const std::string &exit_text() const { return exit_text_; }
-  // What exit_text() means for a target that was not up yet, as " (...)" or "".
+  // What exit_text() may mean for a target that was not up yet, or has left
+  // others of its group, as " (...)" or "".
   std::string exit_hint() const {
     return exit_text_ == "exited with status 0"
                ? " (it must stay in the foreground: a program that puts itself "
@@ -3312,7 +3353,7 @@ private:
     ::open("/dev/null", O_RDONLY);
     close_from(3, true);
     ::setrlimit(RLIMIT_NOFILE, &files_);
-    if (::chdir(program.directory.c_str()) == 0) {
+    if (!program.moves || ::chdir(program.directory.c_str()) == 0) {
       ::execve(program.file().c_str(), argv, envp);
     }
     const int error = errno;
@@ -3342,14 +3383,18 @@ private:
   // SIGTERM goes to the target alone at first: launchers (npm, cross-env) pass
   // it on, and a second one makes many servers exit at once. A plain shell dies
   // without passing it on, so the rest of the group gets its own SIGTERM: after
-  // a tenth of the remaining time when the target has exited, or at half time.
+  // a tenth of the remaining time (a second at most) when the target has
+  // exited, or at half time.
   void end_politely(SteadyClock::time_point deadline) {
     if (!exited()) {
       ::kill(pid_, SIGTERM);
+      ::kill(-pid_, SIGCONT); // who is stopped hears it then
       auto now = SteadyClock::now();
       wait(now + (deadline - now) / 2, &Process::exited);
       now = SteadyClock::now();
-      if (exited()) { wait(now + (deadline - now) / 10, &Process::ended); }
+      const auto tenth =
+          std::min<SteadyClock::duration>((deadline - now) / 10, seconds(1));
+      if (exited()) { wait(now + tenth, &Process::ended); }
     }
     if (ended()) { return; }
     const bool listed = for_each_member(pid_, [&](pid_t pid) {
@@ -4132,8 +4177,10 @@ private:
     } else {
       back_off();
     }
+    const bool left_others = ::kill(-process_.pid(), 0) == 0;
     log_(concat("target ", process_.exit_text(), " after ", in_seconds(lived),
-                " s; the next request starts it again"));
+                " s", left_others ? process_.exit_hint() : "",
+                "; the next request starts it again"));
     const Lock lock(mutex_);
     failure_.reason = concat("the target ", process_.exit_text());
   }
@@ -4232,7 +4279,7 @@ public:
     sockaddr_un address{};
     address.sun_family = AF_UNIX;
     path.copy(address.sun_path, sizeof(address.sun_path) - 1);
-    auto socket = new_socket(AF_UNIX);
+    auto socket = new_socket(AF_UNIX, SOCK_NONBLOCK); // its backlog may be full
     if (::connect(socket.get(), reinterpret_cast<sockaddr *>(&address),
                   sizeof(address)) == 0) {
       return std::make_unique<Vercel>(std::move(socket));
@@ -5981,16 +6028,17 @@ private:
     listening_.readable = true;
     accept_batch(std::numeric_limits<int>::max());
     own_loop().forget(listening_);
+    // Also for a child that the embedding program has forked meanwhile.
+    ::shutdown(listening_.fd.get(), SHUT_RDWR);
     listening_.fd.reset();
   }
 
   void accept_batch(int most) {
     const auto now = own_loop().now();
     for (; most > 0 && listening_.readable && now >= paused_until_; --most) {
-      // A few over the limit are accepted, but only to get a 503. Beyond those,
-      // clients wait in the backlog.
-      const auto count = connections(), limit = capacity();
-      if (count >= limit + 16 || !accept_one(count >= limit)) {
+      const auto count = connections();
+      const auto [limit, refused] = capacity();
+      if (count >= limit + refused || !accept_one(count >= limit)) {
         paused_until_ = later(now, milliseconds(10));
       }
     }
@@ -6030,14 +6078,23 @@ private:
     return true;
   }
 
-  // Two descriptors for each connection, and some for the rest of us: each loop
-  // has three and WARMPROXY_SPARE_UPSTREAMS, the supervisor about ten.
-  std::size_t capacity() const {
+  struct Capacity {
+    std::size_t limit;   // client connections that are served
+    std::size_t refused; // those accepted beyond that, to get a 503; any others
+                         // wait in the backlog
+  };
+  // Of the descriptors, each loop needs three, the rest of us about 16, and a
+  // connection two.
+  Capacity capacity() const {
     rlimit files{};
     ::getrlimit(RLIMIT_NOFILE, &files);
-    const auto room = files.rlim_cur > 64 ? (files.rlim_cur - 48) / 2 : 8;
-    return static_cast<std::size_t>(
-        std::min<rlim_t>(room, shared_.config.max_connections));
+    const rlim_t own = 16 + 3 * shared_.workers.size();
+    const auto room = std::max(files.rlim_cur, own) - own;
+    const auto refused = std::clamp<rlim_t>(room / 4, 1, 16);
+    const auto limit = std::max<rlim_t>(room, refused + 2) - refused;
+    return {static_cast<std::size_t>(
+                std::min<rlim_t>(limit / 2, shared_.config.max_connections)),
+            static_cast<std::size_t>(refused)};
   }
 
   // ---- Server: draining
@@ -6174,6 +6231,10 @@ inline bool is_clean(std::string_view text) { // for header lines
   return text.find_first_of(" \t") == text.npos && !has_control(text);
 }
 
+inline bool is_address(std::string_view text) {
+  return !text.empty() && text != "*" && is_clean(text);
+}
+
 inline bool is_path(std::string_view text) {
   return text.empty() || (text[0] == '/' && is_clean(text));
 }
@@ -6278,7 +6339,7 @@ inline std::vector<Setting> settings(Options &o) {
       setting("port", "where we listen; 0: a free port", o.port,
               "a port (0 to 65535)", within(0, 65535)),
       setting("host", "the address on which we listen", o.host, "an address",
-              is_text)};
+              is_address)};
 }
 
 // Reads the variables for which `lookup` returns a value, not null. The first
@@ -6528,6 +6589,7 @@ inline sigset_t block_signals() {
   }
   ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   ::signal(SIGPIPE, SIG_IGN); // as cpp-httplib does, but before the first write
+  ::signal(SIGXFSZ, SIG_IGN); // a write beyond RLIMIT_FSIZE returns an error
   // If whoever started us ignores SIGCHLD, the kernel reaps the target itself
   // and its exit status is lost. With the default action, a SIGCHLD may be
   // discarded before sigtimedwait(2) sees it.
