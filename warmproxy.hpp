@@ -995,6 +995,20 @@ inline std::optional<std::string_view> find_line(std::string_view text,
   return {};
 }
 
+inline Refusal parse_field(std::string_view line, bool from_client,
+                           Field &field) {
+  if (from_client ? has_control(line)
+                  : contains(line, '\r') || contains(line, '\0')) {
+    return {400, "control character in a header"};
+  }
+  const auto name = until(line, ':');
+  if (name.size() == line.size() || !is_token(name)) {
+    return {400, "malformed header line"}; // a folded one too, and "Name :"
+  }
+  field = {name, trim(line.substr(name.size() + 1)), line};
+  return {};
+}
+
 // Reads header lines up to the empty one. A target's may end in a bare LF and
 // contain control characters (RFC 9110, section 5.5), a client's must not.
 inline Refusal parse_fields(std::string_view text, bool from_client,
@@ -1011,15 +1025,11 @@ inline Refusal parse_fields(std::string_view text, bool from_client,
     if (head.fields.size() == WARMPROXY_MAX_HEADER_LINES) {
       return {431, "too many header lines"};
     }
-    if (from_client ? has_control(line)
-                    : contains(line, '\r') || contains(line, '\0')) {
-      return {400, "control character in a header"};
+    Field field;
+    if (const auto refusal = parse_field(line, from_client, field)) {
+      return refusal;
     }
-    const auto name = until(line, ':');
-    if (name.size() == line.size() || !is_token(name)) {
-      return {400, "malformed header line"}; // a folded one too, and "Name :"
-    }
-    head.fields.push_back({name, trim(line.substr(name.size() + 1)), line});
+    head.fields.push_back(field);
   }
   head.for_each_in("Connection", [&](std::string_view option) {
     head.connection_options.push_back(option);
@@ -1059,46 +1069,6 @@ inline bool split_uri(std::string_view text, Uri &uri) {
 
 // ---- Parsing: requests
 
-// Refuses the beginning of a head that can never become a request.
-inline Refusal early_refusal(std::string_view bytes) {
-  if (starts_with(bytes, "\x16\x03")) {
-    return {400, "a TLS handshake on a port for plain HTTP"};
-  }
-  auto line = until(bytes, '\n');
-  const bool complete = line.size() < bytes.size();
-  const bool has_cr = ends_with(line, "\r");
-  if (has_cr) { line.remove_suffix(1); }
-  const auto spaces = std::count(line.begin(), line.end(), ' ');
-  if ((!line.empty() && !is_token(until(line, ' '))) || has_control(line) ||
-      contains(line, '\t') || spaces > 2 ||
-      (complete && (spaces < 2 || !has_cr))) {
-    return {400, "malformed request line"};
-  }
-  return {};
-}
-
-inline Refusal parse_request_line(std::string_view line, RequestHead &head) {
-  const auto first = line.find(' '), last = line.rfind(' ');
-  if (first == last || !is_token(line.substr(0, first))) {
-    return {400, "malformed request line"};
-  }
-  head.method = line.substr(0, first);
-  head.target = line.substr(first + 1, last - first - 1);
-  const auto version = line.substr(last + 1);
-  if (has_control(head.target) || contains(head.target, ' ') ||
-      contains(head.target, '\t') || contains(head.target, '#')) {
-    return {400, "malformed request target"};
-  }
-  if (version != "HTTP/1.1" && version != "HTTP/1.0") {
-    const bool other = version.size() == 8 && starts_with(version, "HTTP/") &&
-                       version[6] == '.';
-    return other ? Refusal{505, "an HTTP version other than 1.0 and 1.1"}
-                 : Refusal{400, "malformed request line"};
-  }
-  head.minor = version.back() - '0';
-  return {};
-}
-
 inline bool is_malformed_authority(std::string_view authority) {
   return authority.find_first_of(" \t,/?#@\\<>\"") != std::string_view::npos;
 }
@@ -1128,6 +1098,59 @@ inline Refusal parse_request_target(RequestHead &head) {
   head.target = !uri.path.empty()          ? uri.path
                 : head.method == "OPTIONS" ? "*"
                                            : "/";
+  return {};
+}
+
+inline Refusal parse_request_line(std::string_view line, RequestHead &head) {
+  const auto first = line.find(' '), last = line.rfind(' ');
+  if (first == last || !is_token(line.substr(0, first))) {
+    return {400, "malformed request line"};
+  }
+  head.method = line.substr(0, first);
+  head.target = line.substr(first + 1, last - first - 1);
+  const auto version = line.substr(last + 1);
+  if (has_control(head.target) || contains(head.target, ' ') ||
+      contains(head.target, '\t') || contains(head.target, '#')) {
+    return {400, "malformed request target"};
+  }
+  if (version != "HTTP/1.1" && version != "HTTP/1.0") {
+    const bool other = version.size() == 8 && starts_with(version, "HTTP/") &&
+                       version[6] == '.';
+    return other ? Refusal{505, "an HTTP version other than 1.0 and 1.1"}
+                 : Refusal{400, "malformed request line"};
+  }
+  head.minor = version.back() - '0';
+  if (head.method == "CONNECT") { return {501, "CONNECT is not supported"}; }
+  return parse_request_target(head);
+}
+
+// Refuses the beginning of a head that can never become a request. The first
+// `searched` bytes were passed before.
+inline Refusal early_refusal(std::string_view bytes, std::size_t searched = 0) {
+  if (starts_with(bytes, "\x16\x03")) {
+    return {400, "a TLS handshake on a port for plain HTTP"};
+  }
+  // From the line on that was incomplete before.
+  const auto start = bytes.substr(0, searched).rfind('\n') + 1;
+  bool in_first_line = start == 0;
+  auto rest = bytes.substr(start);
+  std::string_view line;
+  for (auto end = take_line(rest, line); end != LineEnd::none;
+       end = take_line(rest, line), in_first_line = false) {
+    if (end == LineEnd::lf) { return {400, "bare LF in the head"}; }
+    RequestHead head;
+    Field field;
+    if (const auto refusal = in_first_line ? parse_request_line(line, head)
+                                           : parse_field(line, true, field)) {
+      return refusal;
+    }
+  }
+  if (ends_with(rest, "\r")) { rest.remove_suffix(1); }
+  if (in_first_line &&
+      ((!rest.empty() && !is_token(until(rest, ' '))) || has_control(rest) ||
+       contains(rest, '\t') || std::count(rest.begin(), rest.end(), ' ') > 2)) {
+    return {400, "malformed request line"};
+  }
   return {};
 }
 
@@ -1181,8 +1204,6 @@ inline Refusal parse_request_text(RequestHead &head) {
   if (const auto refusal = parse_request_line(line, head)) { return refusal; }
   if (const auto refusal = parse_fields(rest, true, head)) { return refusal; }
   if (const auto refusal = check_host(head)) { return refusal; }
-  if (head.method == "CONNECT") { return {501, "CONNECT is not supported"}; }
-  if (const auto refusal = parse_request_target(head)) { return refusal; }
   if (starts_with(head.target, "?")) { // "http://host?query"
     head.text.insert(head.text.find('?'), "/");
     return parse_request_text(head);
@@ -1357,7 +1378,7 @@ inline bool authenticates_connection(const Head &head) {
 
 // Headers by which proxies name the client to each other.
 inline bool is_forwarding(std::string_view name) {
-  return starts_with_ignore_case(name, "X-Forwarded-") ||
+  return starts_with_ignore_case(name, "X-Forwarded") ||
          is_one_of(name, "Forwarded", "X-Real-IP");
 }
 
@@ -2420,9 +2441,17 @@ public:
         upstream->owner = &user;
         return upstream;
       }
+      if (idle < fresh_time) { note_early_end(); }
       close(std::move(upstream));
     }
     return {};
+  }
+
+  // This target has ended an idle connection early: what was learnt from those
+  // that are idle now, or were before, does not count.
+  void note_early_end() {
+    distrusted_at_ = loop_.now();
+    lasting_generation_ = tested_generation_ = 0;
   }
 
   // Makes a connection idle, for the next request.
@@ -2475,14 +2504,16 @@ public:
       // Whatever a target sends or does on an idle connection ends it.
       upstream.readable = upstream.readable && !upstream.is_silent();
       if (upstream.readable || upstream.ended) {
-        for (auto *generation : {&lasting_generation_, &tested_generation_}) {
-          const bool is_known = *generation == upstream.generation;
-          if (is_known && idle < fresh_time) { *generation = 0; }
-        }
+        if (idle < fresh_time) { note_early_end(); }
         return true;
       }
-      if (idle >= fresh_time) { lasting_generation_ = upstream.generation; }
-      return close_all || idle >= idle_timeout ||
+      const bool is_fresh = idle < fresh_time;
+      if (!is_fresh && upstream.idle_since > distrusted_at_) {
+        lasting_generation_ = upstream.generation;
+      }
+      // Whoever is just logging in needs the same connection once more.
+      return (close_all && !(is_fresh && upstream.authenticated)) ||
+             idle >= idle_timeout ||
              (upstream.client == this &&
               lasting_generation_ == upstream.generation);
     });
@@ -2527,7 +2558,7 @@ private:
     const auto most = loop_.size() + WARMPROXY_SPARE_UPSTREAMS;
     if (open_ <= most) { return; }
     close_idle_if([this, most](const Upstream &upstream) {
-      return open_ > most && upstream.client != this;
+      return open_ > most && upstream.client != this && !upstream.authenticated;
     });
   }
 
@@ -2540,6 +2571,7 @@ private:
   std::uint64_t lasting_generation_ = 0;
   // The generation for which retire() has set one aside to find that out.
   std::uint64_t tested_generation_ = 0;
+  Time distrusted_at_{}; // see note_early_end()
   std::size_t open_ = 0; // connections, those in use included
   std::atomic<std::size_t> idle_count_{0};
   std::atomic<bool> close_all_{false};
@@ -3456,6 +3488,7 @@ public:
   const std::string &seen() const { return seen_; } // for people to read
   const Endpoint &endpoint() const { return endpoints_.front(); }
   Time asked_at() const { return asked_at_; }
+  Time ended_at() const { return ended_at_; }
   // When another one may be asked, in a series that began at `began`.
   Time next_at(Time began) const {
     if (state_ == State::connecting) { return Time::max(); }
@@ -3618,6 +3651,7 @@ public:
   void aim(std::vector<Endpoint> endpoints) {
     earlier_ = {};
     latest_ = {};
+    not_yet_.clear();
     endpoints_ = std::move(endpoints);
     began_ = RunningClock::now();
   }
@@ -3630,8 +3664,14 @@ public:
 
   // Goes on as far as it can without waiting.
   void advance(Time now) {
-    earlier_.advance(now);
-    latest_.advance(now);
+    for (auto *attempt : {&earlier_, &latest_}) {
+      attempt->advance(now);
+      if (attempt->state() == State::not_yet) {
+        not_yet_ = attempt->seen();
+        not_yet_at_ = attempt->ended_at();
+      }
+    }
+    if (latest_.state() == State::no_connection) { not_yet_.clear(); }
     if (earlier_.state() == State::ready) { std::swap(earlier_, latest_); }
     if (is_ready() || !earlier_.is_open()) { earlier_ = {}; }
   }
@@ -3639,6 +3679,13 @@ public:
   const ProbeAttempt &latest() const { return latest_; }
   bool is_ready() const { return latest_.state() == State::ready; }
   bool is_open() const { return earlier_.is_open() || latest_.is_open(); }
+  // The latest 502 to 504, as text, or "". It counts while another attempt is
+  // under way, or was made with a Host that the target does not answer, but not
+  // of a target that has gone quiet since.
+  std::string not_yet(Time now) const {
+    const milliseconds patience(WARMPROXY_PROBE_PATIENCE);
+    return now < later(not_yet_at_, patience) ? not_yet_ : "";
+  }
   // Whether an attempt may be made before it is due.
   bool can_ask() const {
     return !endpoints_.empty() && !is_ready() && !is_open();
@@ -3660,6 +3707,8 @@ private:
   std::vector<Endpoint> endpoints_;
   ProbeAttempt earlier_; // one that is still open beside the latest, if any
   ProbeAttempt latest_;
+  std::string not_yet_; // see not_yet()
+  Time not_yet_at_{};
   Time began_{};
 };
 
@@ -4022,17 +4071,18 @@ private:
           probe_.latest().state() == Probe::State::no_connection) {
         return false; // gone, and not ours: requests ask for a start again
       }
-      const auto grace_end = later(probe_.latest().asked_at(), last_grace);
-      if (over && (!probe_.is_open() || now >= grace_end)) {
-        return on_startup_timeout(now);
-      }
+      const auto end = probe_.is_ready() ? settled_at_
+                       : probe_.is_open()
+                           ? later(probe_.latest().asked_at(), last_grace)
+                           : deadline;
+      if (over && now >= end) { return on_startup_timeout(now); }
       if (now >= report_at) {
         const auto problem = listening_problem();
         if (!problem.empty()) { log_(problem); }
         report_at = problem.empty() ? later(now, settling_time) : Time::max();
       }
       now = wait(std::min(
-          {over ? grace_end : deadline, probe_.ask_at(), look_at_, report_at}));
+          {over ? end : deadline, probe_.ask_at(), look_at_, report_at}));
     }
   }
 
@@ -4090,16 +4140,16 @@ private:
   // set.
   bool on_startup_timeout(Time now) {
     const auto time = concat(in_seconds(config_.startup_timeout), " s");
-    const auto &latest = probe_.latest();
-    if (latest.state() == Probe::State::not_yet && now >= settled_at_ &&
-        config_.health_path == "/") {
-      log_(concat("target used as it is: ", latest.seen(), " after ", time,
+    const auto not_yet = probe_.not_yet(now);
+    if (!not_yet.empty() && now >= settled_at_ && config_.health_path == "/") {
+      log_(concat("target used as it is: ", not_yet, " after ", time,
                   " (see WARMPROXY_STARTUP_TIMEOUT)"));
       return true;
     }
     const auto problem = listening_problem();
-    return fail(504, concat("target not ready after ", time, " (last probe: ",
-                            latest.seen(), "); see WARMPROXY_STARTUP_TIMEOUT",
+    return fail(504, concat("target not ready after ", time,
+                            " (last probe: ", probe_.latest().seen(),
+                            "); see WARMPROXY_STARTUP_TIMEOUT",
                             problem.empty() ? "" : "; ", problem));
   }
 
@@ -5027,9 +5077,8 @@ public:
   explicit IdleClients(Loop &loop) : loop_(loop) {}
 
   void enter(Client &client) {
-    if (client.not_idle.empty()) { return; }
+    if (client.not_idle.empty() || client.asked_to_leave) { return; }
     client.idle_since = loop_.now();
-    client.asked_to_leave = false;
     idle_.splice(idle_.end(), client.not_idle);
     publish();
   }
@@ -5040,14 +5089,22 @@ public:
   }
 
   // From any thread: since when the one idle for longest is idle; max(): none
-  // is.
-  Time oldest_idle_since() const { return oldest_idle_since_; }
-  void make_room() { loop_.resume(*this); }
+  // is, or all have to leave already.
+  Time oldest_idle_since() const {
+    return wanted_ < count_ ? oldest_idle_since_.load() : Time::max();
+  }
+  void make_room() {
+    ++wanted_;
+    loop_.resume(*this);
+  }
 
   void resumed() override {
-    for (const auto client : idle_) {
-      if (std::exchange(client->asked_to_leave, true)) { continue; }
-      return loop_.schedule(*client, loop_.now());
+    for (auto wanted = wanted_.load(); wanted > 0 && !idle_.empty(); --wanted) {
+      auto &client = *idle_.front();
+      leave(client);
+      client.asked_to_leave = true;
+      loop_.schedule(client, loop_.now());
+      --wanted_;
     }
   }
   Next run() override { return Next::wait; }
@@ -5055,12 +5112,14 @@ public:
 
 private:
   void publish() {
+    count_ = idle_.size();
     oldest_idle_since_ =
         idle_.empty() ? Time::max() : idle_.front()->idle_since;
   }
 
   Loop &loop_;
   std::list<Client *> idle_; // the longest idle one first
+  std::atomic<std::size_t> count_{0}, wanted_{0};
   std::atomic<Time> oldest_idle_since_{Time::max()};
 };
 
@@ -5278,6 +5337,9 @@ private:
   Forwarding forwarding() const {
     return {shared_.config, client_.address, lease_.endpoint()};
   }
+  Time grace_end() const {
+    return worker_.after(milliseconds(WARMPROXY_HALF_CLOSE_GRACE));
+  }
   bool is_tunnel() const {
     return download_.framing.mode() == Framing::Mode::tunnel;
   }
@@ -5334,6 +5396,7 @@ private:
   // changes nothing is sent again, and once at most on a new connection; a
   // stale idle one is no evidence about the target.
   bool no_response() {
+    if (!is_new_) { worker_.pool.note_early_end(); }
     if (upload_.moved) {
       --sends_left_;
       if (is_new_) { sends_left_ = std::min(sends_left_, 1); }
@@ -5361,7 +5424,7 @@ private:
       upload_.head.clear();
       return open_upstream();
     }
-    check_at_ = stalled ? Time::max() : worker_.after(check_interval_);
+    check_at_ = worker_.after(check_interval_);
     return true;
   }
 
@@ -5372,8 +5435,10 @@ private:
       upload_.stopped = true; // yet the target may have responded before
       if (!upload_.moved) { return no_response(); }
     }
-    if (download_.can_write() && !download_.write()) {
-      return end(Result::abort);
+    if (download_.can_write()) {
+      if (!download_.write()) { return end(Result::abort); }
+      // A client that is gone resets the connection now.
+      if (half_closed_) { gone_at_ = grace_end(); }
     }
     if (is_tunnel()) { return advance_tunnel(); }
     return responding_ && download_.finished() ? end(Result::done) : true;
@@ -5406,7 +5471,7 @@ private:
       if (n < 0 && !would_block(errno)) { return end(Result::abort); }
       if (n == 0) {
         half_closed_ = true;
-        gone_at_ = worker_.after(milliseconds(WARMPROXY_HALF_CLOSE_GRACE));
+        gone_at_ = grace_end();
       }
       moved_ = true;
     } else if (!is_tunnel() &&
@@ -5430,6 +5495,11 @@ private:
     if (!responding_ && !read_response_heads()) { return false; }
     download_.frame();
     if (!download_.framing.malformed()) { return true; }
+    if (!download_.moved) {
+      download_.head.clear();
+      until_close_ = false;
+      return bad_response("malformed chunk in the body");
+    }
     shared_.log_once("response aborted: malformed chunk in the body");
     return end(Result::abort);
   }
@@ -5465,6 +5535,12 @@ private:
       }
       if (response_.switching && !request_.upgrade) {
         return bad_response("101 without a request for an upgrade");
+      }
+      // RFC 9110, section 15.5.9: it was sent to the connection while that was
+      // idle, and is no response to this request.
+      if (response_.status == 408 && !is_new_ && repeatable_ &&
+          !response_.keep_alive) {
+        return no_response();
       }
       if (response_.status >= 200 || response_.switching) {
         begin_response();
@@ -5669,11 +5745,14 @@ private:
     if (const auto size = head_end(bytes, searched_)) {
       return begin_request(size);
     }
-    searched_ = bytes.size();
     const auto refusal = received.full()
                              ? Refusal{431, "the request head is too large"}
-                             : early_refusal(bytes);
+                             : early_refusal(bytes, searched_);
+    searched_ = bytes.size();
     if (refusal) { return begin_request(searched_, refusal); }
+    if (shared_.draining) { // the rest of a head has a second
+      deadline_ = std::min(deadline_, worker_.after(seconds(1)));
+    }
     const auto step = receive();
     return step == Next::close && is_late() && searched_ > 0
                ? begin_request(searched_,
@@ -5854,13 +5933,16 @@ private:
     request_.reset();
     ::shutdown(socket.fd.get(), SHUT_WR);
     ++shared_.lingering;
+    if (!over_limit_) { worker_.idle_clients.enter(*this); }
     linger_until_ = worker_.after(seconds(30));
     deadline_ = worker_.after(seconds(2));
     return {};
   }
 
   Step linger() {
-    if (worker_.loop.now() >= *linger_until_) { return Next::close; }
+    if (worker_.loop.now() >= *linger_until_ || asked_to_leave) {
+      return Next::close;
+    }
     received.clear();
     const auto step = receive();
     if (!step) { deadline_ = worker_.after(seconds(2)); }
