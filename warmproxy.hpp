@@ -5081,6 +5081,7 @@ public:
     client.idle_since = loop_.now();
     idle_.splice(idle_.end(), client.not_idle);
     publish();
+    resumed();
   }
   void leave(Client &client) {
     if (!client.not_idle.empty()) { return; }
@@ -5098,13 +5099,13 @@ public:
     loop_.resume(*this);
   }
 
+  // What is wanted beyond those that are idle now is due when they are.
   void resumed() override {
-    for (auto wanted = wanted_.load(); wanted > 0 && !idle_.empty(); --wanted) {
+    for (; wanted_ > 0 && !idle_.empty(); --wanted_) {
       auto &client = *idle_.front();
       leave(client);
       client.asked_to_leave = true;
       loop_.schedule(client, loop_.now());
-      --wanted_;
     }
   }
   Next run() override { return Next::wait; }
