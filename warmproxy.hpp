@@ -3190,9 +3190,11 @@ inline std::map<std::string, std::string> sockets_of(pid_t group) {
     const auto comm = read_start(process + "/comm");
     std::error_code error;
     for (const auto &fd : names_in(process + "/fd", error)) {
-      const auto path = concat(process, "/fd/", fd);
-      sockets.emplace(std::filesystem::read_symlink(path, error),
-                      printable(std::string(until(comm, '\n'))));
+      const auto link =
+          std::filesystem::read_symlink(concat(process, "/fd/", fd), error);
+      if (starts_with(link.native(), "socket:")) {
+        sockets.emplace(link, printable(std::string(until(comm, '\n'))));
+      }
     }
   });
   return sockets;
@@ -3205,6 +3207,7 @@ inline std::vector<ListeningSocket> listeners_of(pid_t group) {
   std::vector<ListeningSocket> found;
   if (group == 0) { return found; }
   const auto sockets = sockets_of(group);
+  if (sockets.empty()) { return found; } // the tables take milliseconds to read
   // Our own network's tables: what is in another cannot be connected to.
   for (const auto table : {"/proc/self/net/tcp", "/proc/self/net/tcp6"}) {
     const std::unique_ptr<std::FILE, int (*)(std::FILE *)> file(
