@@ -253,8 +253,9 @@ struct Options {
   // client does not wait. 0, the default: not at all.
   std::chrono::milliseconds background_work{0};
 
-  // The address and port on which serve() listens. Port 0 picks a free port,
-  // which is logged. Default: 0.0.0.0:3000.
+  // The address and port on which serve() listens; "" and "*" stand for all
+  // IPv4 addresses. Port 0 picks a free port, which is logged. Default:
+  // 0.0.0.0:3000.
   std::string host = "0.0.0.0";
   int port = 3000;
   // The number of simultaneous client connections, at least 1. When it is
@@ -2663,8 +2664,9 @@ inline std::string explain_file(const std::string &path, int error) {
   } else if (error == ENOENT) {
     reason = explain_linker(file);
   } else if (error == ENOEXEC) {
+    const auto line = until(until(file, '\n'), '\r');
     reason = file.empty() ? "it is empty"
-             : contains(file, '\0')
+             : has_control(line)
                  ? "it was built for another system or processor"
                  : "it is a script without a #! line";
   }
@@ -6003,7 +6005,9 @@ public:
       fd = created;
       set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
     });
-    if (!binder.bind_to_port(host, port)) { return -1; }
+    // getaddrinfo(3) would take these for the loopback address.
+    const bool any = host.empty() || host == "*";
+    if (!binder.bind_to_port(any ? "0.0.0.0" : host, port)) { return -1; }
     listening_.fd.reset(fd);
     ::fcntl(fd, F_SETFL, O_NONBLOCK);
     // Old cpp-httplib has a backlog of 5: of many first requests at once, the
@@ -6317,10 +6321,6 @@ inline bool is_clean(std::string_view text) { // for header lines
   return text.find_first_of(" \t") == text.npos && !has_control(text);
 }
 
-inline bool is_address(std::string_view text) {
-  return !text.empty() && text != "*" && is_clean(text);
-}
-
 inline bool is_path(std::string_view text) {
   return text.empty() || (text[0] == '/' && is_clean(text));
 }
@@ -6425,7 +6425,7 @@ inline std::vector<Setting> settings(Options &o) {
       setting("port", "where we listen; 0: a free port", o.port,
               "a port (0 to 65535)", within(0, 65535)),
       setting("host", "the address on which we listen", o.host, "an address",
-              is_address)};
+              is_text)};
 }
 
 // Reads the variables for which `lookup` returns a value, not null. The first
