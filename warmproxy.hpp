@@ -6,21 +6,24 @@
 // somebody uses it: serverless functions, containers that scale to zero, small
 // servers.
 //
-// How a request travels; the sections below follow the same order:
+// How a request travels (the sections below come in the order of their use of
+// each other: each needs only what stands above it):
 //
-//   client -- Server -- Connection -- Supervisor -- Exchange -- target
+//   client -- Server -- Connection -- Exchange -- target
+//                                        |
+//                                    Supervisor
 //
 //   Server      accepts connections and gives each one to an event loop.
 //   Connection  reads one request head, strictly, and either answers it, lends
 //               it to an own route, or runs an Exchange.
-//   Supervisor  owns the target's whole life on a thread of its own: cold,
-//               starting, up, stopping. Requests wait for it to report "up" and
-//               never touch the process.
 //   Exchange    sends the request to the target and pumps bytes in both
 //               directions until the framing says that the message is complete,
 //               or until either side closes after a 101. Uploads, streams,
 //               early responses and WebSockets all use this one pump. Each
 //               direction has one buffer.
+//   Supervisor  owns the target's whole life on a thread of its own: cold,
+//               starting, up, stopping. Requests wait for it to report "up" and
+//               never touch the process.
 //
 // RFC 9110 defines the semantics of HTTP, RFC 9112 its messages on the wire.
 //
@@ -124,8 +127,8 @@
 #ifndef WARMPROXY_MAX_HEAD_SIZE
 #define WARMPROXY_MAX_HEAD_SIZE 65536
 #endif
-// Header lines of a head. Each costs about 60 bytes of bookkeeping, so that
-// 64 KB of "a:" would take a megabyte. Node takes 2000, Apache and HAProxy 100.
+// Header lines of a head. Each costs 48 bytes of bookkeeping, so that 64 KB of
+// "a:" would take 800 KB. Node takes 2000, Apache and HAProxy 100.
 #ifndef WARMPROXY_MAX_HEADER_LINES
 #define WARMPROXY_MAX_HEADER_LINES 1000
 #endif
@@ -168,11 +171,11 @@
 #endif
 // Steps of one connection before the others have their turn. A step reads and
 // writes at most once in each direction.
-#ifndef WARMPROXY_OPERATIONS_PER_TURN
-#define WARMPROXY_OPERATIONS_PER_TURN 8
+#ifndef WARMPROXY_STEPS_PER_TURN
+#define WARMPROXY_STEPS_PER_TURN 8
 #endif
-// Upstream connections of an event loop beyond one per client connection: idle
-// ones to reuse when each client sends one request and disconnects.
+// Idle upstream connections that an event loop may keep beyond one per client
+// connection: for reuse when each client sends one request and disconnects.
 #ifndef WARMPROXY_SPARE_UPSTREAMS
 #define WARMPROXY_SPARE_UPSTREAMS 4
 #endif
@@ -194,9 +197,9 @@ inline namespace v0_2_0 {
 inline constexpr int any_port = -1;
 
 // What to run, when it counts as ready, where to listen, and what to answer.
-// Only `binary` is required. options_from_env() reads each field but `env`,
-// `log` and `error` from WARMPROXY_<FIELD>. A duration of 0 means what its
-// comment says; milliseconds::max() means "never" for every duration.
+// Only `binary` is required. options_from_env() reads `host` and `port` from
+// HOST and PORT, and each other field but `env`, `log` and `error` from
+// WARMPROXY_<FIELD>. A timeout of milliseconds::max() never passes.
 struct Options {
   // The program to run. With a '/', it is looked for relative to the current
   // directory, then relative to the directory of this executable; without one,
@@ -218,10 +221,11 @@ struct Options {
   std::map<std::string, std::string> env;
   // The program's working directory; it must exist. Default: the current one.
   std::string directory;
-  // Run the program in a writable copy of `directory`, made in a folder below
-  // this one, for platforms whose file system is read-only. There is one copy
-  // for each release of `directory`; what the program writes stays with it.
-  // Default: no copy.
+  // Run the program in a writable copy of `directory`, made inside this folder,
+  // for platforms whose file system is read-only. A file that has changed (in
+  // path, size, mode or change time) leads to a new copy; what the program
+  // wrote stays in the old one. A start fails if the folder cannot be written
+  // or belongs to another user. Default: no copy.
   std::string scratch;
   // A path prefix to remove from request targets, on a segment boundary. The
   // target learns it as X-Forwarded-Prefix, and the paths in Location,
@@ -240,9 +244,9 @@ struct Options {
   // How long a start may take before it is given up and answered with 504.
   // Default: 45 s, below the 60 s at which many edges give up on us. Above 0.
   std::chrono::milliseconds startup_timeout{45000};
-  // The budget for stopping: running requests may finish, then the target gets
-  // SIGTERM, and SIGKILL goes to its process group at the end. Default: 8 s,
-  // below the 10 s of `docker stop`. 0 kills at once.
+  // The budget for stopping. Running requests have half of it to finish; then
+  // the target gets SIGTERM, and at the end SIGKILL goes to its process group.
+  // Default: 8 s, below the 10 s of `docker stop`. 0 kills at once.
   std::chrono::milliseconds stop_timeout{8000};
   // Stop the target after this much time without a request, stream or tunnel.
   // 0, the default: never.
@@ -305,7 +309,7 @@ struct Status {
   std::uint64_t starts = 0;   // starts so far, servers found running included
   std::string last_exit;      // how the target ended last; empty: it never did
   std::chrono::milliseconds up_for{0};     // time since it became ready, if up
-  std::chrono::milliseconds last_start{0}; // duration of the last good start
+  std::chrono::milliseconds last_start{0}; // how long the last good start took
   std::uint64_t requests = 0;              // requests sent to the target so far
   std::size_t in_flight = 0;   // requests, streams and tunnels it serves now
   std::size_t connections = 0; // open client connections
@@ -319,8 +323,8 @@ struct Status {
 //   proxy.routes("/own").Get("/own/time", handler);
 //   proxy.listen("0.0.0.0", 8080);
 //
-// The child process is the Proxy's alone: a program that reaps all children or
-// ignores SIGCHLD hides how the target ended. cpp-httplib ignores SIGPIPE for
+// The Proxy reaps the target: if the program reaps all its children, or ignores
+// SIGCHLD, the target's exit status is lost. cpp-httplib ignores SIGPIPE for
 // the whole process once a Server exists, which a Proxy relies on.
 class Proxy {
 public:
@@ -336,14 +340,16 @@ public:
   // Binds and serves until stop(). Returns false if it cannot listen. A Proxy
   // listens once: a second call returns false.
   bool listen(const std::string &host, int port);
-  // Binds to a free port and returns it, or -1.
+  // Binds to a free port and returns it, for listen_after_bind(); -1 if it
+  // cannot, or after a first listen.
   int bind_to_any_port(const std::string &host);
-  // Serves until stop(). Returns when the last request has finished, or has
-  // been aborted because Options::stop_timeout was over, and the target has
-  // stopped.
+  // Serves until stop(). Returns true when the last request has finished, or
+  // has been aborted because Options::stop_timeout was over, and the target has
+  // stopped; false if nothing is bound, or after a first listen.
   bool listen_after_bind();
   // Callable from any thread; does not wait. A stopped Proxy stays stopped.
   void stop();
+  // Callable from any thread.
   Status status() const;
 
   // Own routes: requests for `prefix` and the paths below it, on a segment
@@ -383,7 +389,7 @@ private:
 // durations are 500ms, 45s, 10m, 2h or 30d; WARMPROXY_TARGET_PORT may be `auto`
 // (any_port). If WARMPROXY_BINARY is set, the defaults' `args` and
 // `target_port` belong to another program and are reset. What cannot be read is
-// reported in Options::error. A WARMPROXY_ variable that is no setting is
+// reported in Options::error. A WARMPROXY_ variable that is not a setting is
 // logged as a warning, except those that Kubernetes sets for a Service named
 // "warmproxy".
 Options options_from_env(Options defaults);
@@ -507,7 +513,7 @@ template <typename N> bool to_number(std::string_view text, N &number) {
   return true;
 }
 
-// Whether a header line must not contain it; a tab is allowed there.
+// The control characters that a header line must not contain: all but the tab.
 inline bool is_control(char c) {
   return (static_cast<unsigned char>(c) < 0x20 && c != '\t') || c == 0x7f;
 }
@@ -926,9 +932,9 @@ struct ResponseHead : Head {
   int status = 0;
   std::string_view reason; // with the status: "200 OK"
   bool switching = false;  // 101
-  // Something had to be repaired, or announced a body that must not be there,
-  // so that the connection must not be reused. Covers all heads that were
-  // parsed into this object: a 1xx counts for the final response.
+  // A head was repaired, or announced a body that must not be there: the
+  // connection must not be reused. Stays set: a 1xx counts for the final
+  // response, which is parsed into the same object.
   bool corrected = false;
   std::vector<std::string> repairs; // of this head, for the log
 
@@ -1015,7 +1021,7 @@ inline Refusal parse_field(std::string_view line, bool from_client,
 inline Refusal parse_fields(std::string_view text, bool from_client,
                             Head &head) {
   head.clear_fields();
-  head.fields.reserve(16); // most heads have less
+  head.fields.reserve(16); // most heads have fewer
   std::string_view line;
   for (;;) {
     const auto end = take_line(text, line);
@@ -1225,8 +1231,8 @@ inline Refusal parse_request(std::string text, RequestHead &head) {
 // ---- Parsing: responses
 
 // Returns a target's header lines with folded ones joined (RFC 9112, section
-// 5.2), without blanks before a colon (5.1), and without those whose name is no
-// token.
+// 5.2), without blanks before a colon (5.1), and without those whose name is
+// not a token.
 inline std::string repaired_fields(std::string_view text, ResponseHead &head) {
   const auto starts_blank = [](std::string_view line) {
     return starts_with(line, " ") || starts_with(line, "\t");
@@ -1261,8 +1267,10 @@ inline std::string repaired_fields(std::string_view text, ResponseHead &head) {
 }
 
 // Leaves one of the fields `name`, with this value, or none if that is "".
-// Returns whether that changes anything.
-inline bool reduce(Head &head, std::string_view name, std::string_view value) {
+// Returns whether that changes anything. Not for fields of which the line is
+// sent on, which stays as it was.
+inline bool keep_one(Head &head, std::string_view name,
+                     std::string_view value) {
   const auto is_such = [name](const Field &field) { return field.is(name); };
   auto &fields = head.fields;
   auto from = std::find_if(fields.begin(), fields.end(), is_such);
@@ -1298,9 +1306,9 @@ inline Refusal parse_response_framing(std::string_view request_method,
   });
   if (other_length) { return {502, "several Content-Lengths that differ"}; }
   const bool recoded =
-      reduce(head, "Transfer-Encoding", chunked ? "chunked" : "");
-  if (reduce(head, "Content-Length", chunked ? "" : length) || recoded) {
-    head.note_repair("Transfer-Encoding or Content-Length said once");
+      keep_one(head, "Transfer-Encoding", chunked ? "chunked" : "");
+  if (keep_one(head, "Content-Length", chunked ? "" : length) || recoded) {
+    head.note_repair("Transfer-Encoding or Content-Length merged");
   }
   if (head.status == 304) { // a body may follow all the same
     head.corrected |= chunked || head.content_length > 0;
@@ -1323,8 +1331,8 @@ inline void remove_framing(ResponseHead &head) {
     head.note_repair(concat("framing left out, since a ", decimal(head.status),
                             " has no body"));
   }
-  reduce(head, "Transfer-Encoding", "");
-  reduce(head, "Content-Length", "");
+  keep_one(head, "Transfer-Encoding", "");
+  keep_one(head, "Content-Length", "");
 }
 
 inline Refusal parse_response(std::string text, std::string_view request_method,
@@ -1399,8 +1407,8 @@ inline void append_field(std::string &out, std::string_view name,
   append(out, name, ": ", value, "\r\n");
 }
 
-// Whether the client's connection persists, where its HTTP version does not say
-// so already (RFC 9112, section 9.3).
+// Writes whether the client's connection persists, where its HTTP version does
+// not say so already (RFC 9112, section 9.3).
 inline void write_persistence(const RequestHead &request, bool keep_alive,
                               std::string &out) {
   if (!keep_alive) {
@@ -1683,9 +1691,9 @@ private:
         return std::string(location);
       }
       // A target that leads to https at our host knows more than we do.
-      const bool knows = names_our_host(uri.authority) &&
-                         !equals_ignore_case(uri.scheme, "http");
-      const auto scheme = knows ? std::string_view() : client_scheme();
+      const bool keeps_scheme = names_our_host(uri.authority) &&
+                                !equals_ignore_case(uri.scheme, "http");
+      const auto scheme = keeps_scheme ? std::string_view() : client_scheme();
       origin =
           concat(scheme.empty() ? uri.scheme : scheme, "://", client_host_);
     }
@@ -1846,7 +1854,8 @@ private:
     ::poll(&out, 1, 0);
     // With POLLERR nobody reads, and a write would raise SIGPIPE.
     return out.revents == POLLOUT &&
-           ::write(out.fd, text.data(), text.size()) > 0;
+           ::write(out.fd, text.data(), text.size()) ==
+               static_cast<ssize_t>(text.size());
   }
 
   const std::function<void(std::string_view)> function_;
@@ -2018,8 +2027,8 @@ struct Socket {
   Task *owner = nullptr; // runs when there is an event; null: nobody
   bool readable = false;
   bool writable = true;
-  bool ended = false;  // the peer sends no more than what has arrived
-  bool broken = false; // nor does it receive
+  bool ended = false;  // the end or urgent data follow: recv(2) may stop short
+  bool broken = false; // reset, or closed in both directions
 };
 
 // Wakes a thread that waits for `socket`. Any thread may call wake(); the
@@ -2490,8 +2499,9 @@ public:
     limit();
   }
 
-  // From any thread: closes all idle connections, for a target that waits for
-  // their end. idle_count() is 0 once that is done.
+  // From any thread: closes the idle connections, but none with which a login
+  // is under way, for a target that waits for their end. idle_count() says how
+  // many are left.
   void close_all() {
     close_all_ = true;
     loop_.resume(*this);
@@ -2543,13 +2553,10 @@ private:
   }
 
   template <typename Condition> void close_idle_if(Condition condition) {
-    const auto close_this = [&](std::unique_ptr<Upstream> &upstream) {
-      if (!condition(*upstream)) { return false; }
-      close(std::move(upstream));
-      return true;
-    };
-    idle_.erase(std::remove_if(idle_.begin(), idle_.end(), close_this),
-                idle_.end());
+    for (auto &upstream : idle_) {
+      if (condition(*upstream)) { close(std::move(upstream)); }
+    }
+    idle_.erase(std::remove(idle_.begin(), idle_.end(), nullptr), idle_.end());
     idle_count_ = idle_.size();
   }
 
@@ -2755,7 +2762,7 @@ public:
       }
     }
     scratch_ = std::filesystem::canonical(path);
-    // Others could replace the program.
+    // Otherwise another user could replace the program.
     struct stat status = {};
     if (::stat(scratch_.c_str(), &status) != 0 ||
         (status.st_uid != ::geteuid() && status.st_uid != 0)) {
@@ -2870,6 +2877,7 @@ private:
   void make_unfinished() {
     const auto scratch = open_file(scratch_, O_RDONLY | O_DIRECTORY);
     while (::flock(scratch.get(), LOCK_EX | LOCK_NB) != 0) {
+      if (!would_block(errno)) { fail_start_at(scratch_, errno); }
       check_();
       ::poll(nullptr, 0, 10);
     }
@@ -2906,11 +2914,12 @@ private:
       const auto to = concat(unfinished_, "/", entry.path);
       if (S_ISREG(entry.status.st_mode)) {
         copy_file(concat(source_, "/", entry.path), to);
-      } else if (S_ISDIR(entry.status.st_mode)
-                     ? ::mkdir(to.c_str(), 0700) != 0
-                     : ::symlink(link_text(entry).c_str(), to.c_str()) != 0) {
-        fail_start_at(to, errno);
+        continue;
       }
+      const int failed = S_ISDIR(entry.status.st_mode)
+                             ? ::mkdir(to.c_str(), 0700)
+                             : ::symlink(link_text(entry).c_str(), to.c_str());
+      if (failed) { fail_start_at(to, errno); }
     }
     // Afterwards, since filling a folder changes its time. The owner may always
     // write, or the copy of a read-only release (Nix) would be read-only, too.
@@ -3021,7 +3030,8 @@ inline Program prepare_program(const Config &config, const Log &log,
   Program program;
   program.path = absolute_path(place);
   std::error_code error;
-  // Without change where possible: it need not be one that can be entered.
+  // Not resolved, and not changed to: we may not be permitted to enter it
+  // again.
   const auto current = std::filesystem::current_path(error).string();
   program.directory = current;
   if (!config.directory.empty()) {
@@ -3145,8 +3155,8 @@ private:
 
 // ---- Process: its process group, by /proc
 
-// Calls `function` with the pid of each process of a group that is no zombie.
-// Returns false if /proc cannot be read.
+// Calls `function` with the pid of each process of a group that is not a
+// zombie. Returns false if /proc cannot be read.
 template <typename F> bool for_each_member(pid_t group, F function) {
   std::error_code error;
   // It may be that of another PID namespace.
@@ -3202,9 +3212,9 @@ inline std::map<std::string, std::string> sockets_of(pid_t group) {
   return sockets;
 }
 
-// Its sockets that listen, of which several may have the same port. None if
-// /proc cannot be read, and of group 0, where processes of other namespaces are
-// seen.
+// The listening sockets of a group; several may have the same port. None if
+// /proc cannot be read, and for group 0, in which /proc has the processes of
+// other namespaces.
 inline std::vector<ListeningSocket> listeners_of(pid_t group) {
   std::vector<ListeningSocket> found;
   if (group == 0) { return found; }
@@ -3290,7 +3300,8 @@ public:
 
   // Whether the target, if started, has exited. Reaps it.
   bool exited() {
-    if (!started() || !exit_text_.empty()) { return started(); }
+    if (!started()) { return false; }
+    if (!exit_text_.empty()) { return true; }
     int status = 0;
     const auto reaped = ::waitpid(pid_, &status, WNOHANG);
     if (reaped == 0) { return false; }
@@ -3425,7 +3436,7 @@ private:
   void end_politely(SteadyClock::time_point deadline) {
     if (!exited()) {
       ::kill(pid_, SIGTERM);
-      ::kill(-pid_, SIGCONT); // who is stopped hears it then
+      ::kill(-pid_, SIGCONT); // so that a stopped process receives it
       auto now = SteadyClock::now();
       wait(now + (deadline - now) / 2, &Process::exited);
       now = SteadyClock::now();
@@ -3614,7 +3625,8 @@ private:
   }
 
   bool skip(std::string_view bytes) {
-    rest_.take(bytes);
+    std::string content; // given, take() goes on after superfluous blanks
+    rest_.take(bytes, &content);
     if (rest_.done() || rest_.malformed()) { fd_.reset(); }
     return true;
   }
@@ -3717,9 +3729,9 @@ private:
   Time began_{};
 };
 
-// The port that is the only one; port 0: there is none, there are several, or
-// it cannot be reached. Several are never chosen from, since one may be a
-// debugger.
+// Where all these sockets listen, if they have the same port; port 0 if there
+// are several ports, or none that can be reached. Several are never chosen
+// from, since one may be a debugger.
 inline Endpoint only_endpoint(const std::vector<ListeningSocket> &sockets) {
   Endpoint found;
   for (const auto &socket : sockets) {
@@ -3735,7 +3747,7 @@ inline Endpoint only_endpoint(const std::vector<ListeningSocket> &sockets) {
 
 // Why a request cannot have the target.
 struct Failure {
-  int status = 0; // of the response; 0: it is no failure
+  int status = 0; // of the response
   std::string reason;
   milliseconds retry_after{0};
 };
@@ -3803,9 +3815,9 @@ public:
   }
 
   // Asks for the target, and starts it where need be. Grants the lease or
-  // returns a failure; else the request is to ask again when something has
-  // changed. `host` is the request's Host, for the readiness probe.
-  Failure acquire(Lease &lease, std::string_view host) {
+  // returns a failure; with neither, call it again after `notify`. `host` is
+  // the request's Host, for the readiness probe.
+  std::optional<Failure> acquire(Lease &lease, std::string_view host) {
     const Lock lock(mutex_);
     if (state_ == State::up && !stopping_) {
       grant(lease);
@@ -3816,7 +3828,7 @@ public:
       lease.failures_ = failures_;
       hosts_[1] = host;
     }
-    if (draining_) { return {503, "shutting down", milliseconds(0)}; }
+    if (draining_) { return Failure{503, "shutting down", {}}; }
     if (failures_ != lease.failures_) { return failure_; }
     if (state_ == State::starting) {
       // Of a target that was up, the start is long ago.
@@ -3825,16 +3837,17 @@ public:
     }
     const auto pause = start_at_ - RunningClock::now();
     if (!wanted_ && pause.count() > 0) {
-      return {503, concat(failure_.reason, "; it is started again in a moment"),
-              std::chrono::ceil<milliseconds>(pause)};
+      return Failure{
+          503, concat(failure_.reason, "; it is started again in a moment"),
+          std::chrono::ceil<milliseconds>(pause)};
     }
     if (!std::exchange(wanted_, true)) { hosts_[0] = host; }
     wakeup_.wake();
     return {};
   }
 
-  // A new connection was refused, or closed without a response: is the target
-  // still there?
+  // To be called when a new connection was refused, or closed without a
+  // response: then it is checked whether the target is still there.
   void suspect(const Lease &lease) {
     const Lock lock(mutex_);
     if (state_ != State::up || lease.generation_ != status_.starts) { return; }
@@ -3953,7 +3966,7 @@ private:
         end();
         continue;
       }
-      // RunningClock counts no more than a second or two between two readings.
+      // At least every second, or RunningClock would not reach start_at_.
       wait(RunningClock::now() < start_at_ ? start_at_ : Time::max());
     }
   }
@@ -3983,7 +3996,6 @@ private:
     ++status_.starts;
     began_ = SteadyClock::now();
     endpoint_ = {false, std::max(config_.target_port, 0)};
-    if (config_.target_port == 0) { endpoint_.port = free_port(); }
     host_turn_ = 0;
     return true;
   }
@@ -4003,14 +4015,16 @@ private:
     if (config_.target_port <= 0) { return false; }
     probe_.aim(endpoints());
     ask(RunningClock::now());
-    if (probe_.latest().state() == Probe::State::connecting) {
-      wait(after(milliseconds(100)));
+    const auto until = after(milliseconds(100));
+    while (probe_.latest().state() == Probe::State::connecting &&
+           RunningClock::now() < until) {
+      wait(until);
     }
     if (probe_.latest().state() == Probe::State::no_connection) {
       return false;
     }
     log_(concat("port ", decimal(endpoint_.port),
-                " is served already: using that, starting nothing"));
+                " is served already: using that server, starting nothing"));
     return true;
   }
 
@@ -4018,12 +4032,16 @@ private:
     const auto check = [&] {
       if (draining_) { fail_start("the start was cancelled"); }
       if (RunningClock::now() >= deadline) {
-        fail_start("the time was over; see WARMPROXY_STARTUP_TIMEOUT");
+        fail_start("it took too long; see WARMPROXY_STARTUP_TIMEOUT");
       }
     };
     std::string reason;
     try {
-      process_.start(finds_port() ? free_port() : endpoint_.port, check);
+      const int port = endpoint_.port ? endpoint_.port : free_port();
+      if (port == 0) { fail_start("no port is free"); }
+      process_.start(port, check);
+      const Lock lock(mutex_);
+      if (!finds_port()) { endpoint_.port = port; }
     } catch (const std::filesystem::filesystem_error &error) {
       reason = concat(printable(error.path1()), ": ", error.code().message());
     } catch (const std::exception &error) { reason = error.what(); }
@@ -4032,7 +4050,8 @@ private:
       const std::string what = "the target cannot be started: ";
       const auto colon = reason.find(": "); // clients must not learn the path
       const auto why = colon == reason.npos ? reason : reason.substr(colon + 2);
-      return fail(502, concat(what, why), concat(what, reason));
+      const int status = RunningClock::now() < deadline ? 502 : 504;
+      return fail(status, concat(what, why), concat(what, reason));
     }
     log_(concat("target started (pid ", decimal(process_.pid()), ")"));
     probe_.aim(endpoints());
@@ -4076,23 +4095,28 @@ private:
           probe_.latest().state() == Probe::State::no_connection) {
         return false; // gone, and not ours: requests ask for a start again
       }
-      const auto end = probe_.is_ready() ? settled_at_
-                       : probe_.is_open()
-                           ? later(probe_.latest().asked_at(), last_grace)
-                           : deadline;
-      if (over && now >= end) { return on_startup_timeout(now); }
+      const auto give_up_at = std::max(deadline, last_chance());
+      if (now >= give_up_at) { return on_startup_timeout(now); }
       if (now >= report_at) {
         const auto problem = listening_problem();
         if (!problem.empty()) { log_(problem); }
         report_at = problem.empty() ? later(now, settling_time) : Time::max();
       }
-      now = wait(std::min(
-          {over ? end : deadline, probe_.ask_at(), look_at_, report_at}));
+      now = wait(std::min({over ? give_up_at : deadline, probe_.ask_at(),
+                           look_at_, report_at}));
     }
   }
 
   bool is_ready(Time now) const {
     return probe_.is_ready() && now >= settled_at_;
+  }
+
+  // Until when a start may go beyond its deadline: for the answer to a probe
+  // that was sent just before, and for the port of a ready target to settle.
+  Time last_chance() const {
+    if (probe_.is_ready()) { return settled_at_; }
+    return probe_.is_open() ? later(probe_.latest().asked_at(), last_grace)
+                            : Time();
   }
 
   // With any_port: finds out which port is the program's, right before each
@@ -4186,7 +4210,7 @@ private:
       auto until = Time::max();
       if (process_.exited()) { return note_exit(); }
       if (state_ == State::up) {
-        if (idle_too_long(until)) { return; }
+        if (stop_if_idle(until)) { return; }
       } else if (!refuses_connections()) {
         refusing_since = Time::max();
         set_state(State::up);
@@ -4240,8 +4264,9 @@ private:
     failure_.reason = concat("the target ", process_.exit_text());
   }
 
-  // Else `until` is when to ask again.
-  bool idle_too_long(Time &until) {
+  // Whether the target has been idle for `idle_stop` and is stopping now; else
+  // `until` is when to look again.
+  bool stop_if_idle(Time &until) {
     if (!config_.idle_stop.count() || !process_.started()) { return false; }
     {
       const Lock lock(mutex_);
@@ -5354,10 +5379,10 @@ private:
 
   bool await_target() {
     if (!read_from_client()) { return false; }
-    const auto failure = shared_.supervisor.acquire(lease_, request_.host());
-    if (failure.status) {
-      return respond(error_reply(request_, failure.status, failure.reason,
-                                 failure.retry_after));
+    if (const auto failure =
+            shared_.supervisor.acquire(lease_, request_.host())) {
+      return respond(error_reply(request_, failure->status, failure->reason,
+                                 failure->retry_after));
     }
     if (!lease_.is_granted()) {
       return worker_.loop.now() < show_page_at_
@@ -5708,7 +5733,7 @@ public:
       // The descriptor is not ours alone: shut down, it ends the loan.
       if (!socket.broken) { ::shutdown(socket.fd.get(), SHUT_RDWR); }
     }
-    for (int i = 0; i < WARMPROXY_OPERATIONS_PER_TURN; ++i) {
+    for (int i = 0; i < WARMPROXY_STEPS_PER_TURN; ++i) {
       if (const auto next = step()) { return *next; }
     }
     return Next::yield;

@@ -421,13 +421,13 @@ TEST_CASE("response head: repairs are named for the log") {
       {"X Y: \x1b\r\n",
        "header line left out, since its name is no token: X Y: ?"},
       {"Transfer-Encoding: identity\r\n",
-       "Transfer-Encoding or Content-Length said once"},
+       "Transfer-Encoding or Content-Length merged"},
       {"Transfer-Encoding: chunked, chunked\r\n",
-       "Transfer-Encoding or Content-Length said once"},
+       "Transfer-Encoding or Content-Length merged"},
       {"Content-Length: 2, 2\r\n",
-       "Transfer-Encoding or Content-Length said once"},
+       "Transfer-Encoding or Content-Length merged"},
       {"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n",
-       "Transfer-Encoding or Content-Length said once"},
+       "Transfer-Encoding or Content-Length merged"},
   };
   for (const auto &c : cases) {
     ResponseHead head;

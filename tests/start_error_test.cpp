@@ -172,6 +172,7 @@ TEST_CASE("start errors: the program cannot be executed") {
   warmproxy::Options options;
   options.binary = program;
   std::string reason = "another system or processor";
+  int status = 502;
   SUBCASE("for its format") {}
   SUBCASE("for its interpreter") {
     write_file(program, "#!/not/there\n");
@@ -189,11 +190,12 @@ TEST_CASE("start errors: the program cannot be executed") {
   SUBCASE("because it is still being written when the time is over") {
     writing = open(program.c_str(), O_WRONLY | O_CLOEXEC);
     options.startup_timeout = Milliseconds(100);
-    reason = "the time was over; see WARMPROXY_STARTUP_TIMEOUT";
+    reason = "it took too long; see WARMPROXY_STARTUP_TIMEOUT";
+    status = 504;
   }
   RunningProxy proxy(options);
   const auto response = get(proxy.port());
-  CHECK(response.status == 502);
+  CHECK(response.status == status);
   CHECK(has(response.body, reason));
   CHECK(children_of(getpid()).size() == 1); // the watchdog process
   close(writing);
