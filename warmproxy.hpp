@@ -378,7 +378,6 @@ public:
 
 private:
   class Impl;
-  friend int serve(Options, int, const char *const *);
 
   std::unique_ptr<Impl> impl_;
 };
@@ -5154,53 +5153,11 @@ private:
   std::atomic<Time> oldest_idle_since_{Time::max()};
 };
 
-struct Worker;
-
-// What all connections of a server share.
-struct Shared {
-  Shared(const Config &c, const Log &l, Supervisor &s, Vercel *v, OwnRoutes &r)
-      : config(c), log(l), supervisor(s), vercel(v), routes(r) {}
-
-  const Config &config;
-  const Log &log;
-  Supervisor &supervisor;
-  Vercel *const vercel; // null elsewhere
-  OwnRoutes &routes;
-  httplib::Server::HandlerWithResponse pre_routing_handler;
-  std::vector<std::unique_ptr<Worker>> workers;
-  std::atomic<bool> draining{false}, aborting{false};
-  // Connections that nobody has to wait for when we drain: tunnels and event
-  // streams, which the target ends, and those that merely linger.
-  std::atomic<std::size_t> endless{0}, lingering{0};
-  // Set while the accepting thread has to be woken when a connection ends.
-  std::atomic<bool> waiting_for_end{false};
-
-  std::size_t connections() const;
-  // Any loop may hold the idle connection that a target waits for, or that has
-  // the descriptor we lack.
-  void close_idle_upstreams();
-  // Logs what may come with every response only once.
-  void log_once(const std::string &line) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex);
-      if (logged.size() == 100 || !logged.insert(line).second) { return; }
-    }
-    log(line);
-  }
-
-  std::mutex mutex; // of logged
-  std::set<std::string> logged;
-};
+struct Shared;
 
 // One event loop with what its connections share.
 struct Worker {
-  explicit Worker(Shared &s)
-      : shared(s), loop(s.log), pool(loop), idle_clients(loop) {
-    // on_close runs after size() has dropped, so drain() sees the new count.
-    loop.on_close = [&s] {
-      if (s.waiting_for_end) { s.workers.front()->loop.wake(); }
-    };
-  }
+  explicit Worker(Shared &);
 
   Time after(milliseconds time) const { return later(loop.now(), time); }
 
@@ -5210,18 +5167,92 @@ struct Worker {
   IdleClients idle_clients;
 };
 
-inline std::size_t Shared::connections() const {
-  std::size_t count = 0;
-  for (const auto &worker : workers) {
-    count += worker->loop.size();
-  }
-  return count;
-}
+// What all connections of a server share.
+struct Shared {
+  // Throws std::system_error.
+  Shared(Config c, Vercel *v)
+      : config(std::move(c)), log(config), vercel(v), workers(make_workers()),
+        supervisor(
+            config, log, [this] { notify_all(); },
+            [this] { await_no_idle_upstreams(); }) {}
 
-inline void Shared::close_idle_upstreams() {
-  for (const auto &worker : workers) {
-    worker->pool.close_all();
+  Status status() const {
+    auto status = supervisor.status();
+    status.connections = connections();
+    return status;
   }
+  std::size_t connections() const {
+    std::size_t count = 0;
+    for (const auto &worker : workers) {
+      count += worker->loop.size();
+    }
+    return count;
+  }
+  void notify_all() {
+    for (const auto &worker : workers) {
+      worker->loop.notify();
+    }
+  }
+  // Any loop may hold the idle connection that a target waits for, or that has
+  // the descriptor we lack.
+  void close_idle_upstreams() {
+    for (const auto &worker : workers) {
+      worker->pool.close_all();
+    }
+  }
+  // Logs what may come with every response only once.
+  void log_once(const std::string &line) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (logged.size() == 100 || !logged.insert(line).second) { return; }
+    }
+    log(line);
+  }
+
+  const Config config;
+  const Log log;
+  Vercel *const vercel; // null elsewhere
+  OwnRoutes routes;
+  httplib::Server::HandlerWithResponse pre_routing_handler;
+  std::atomic<bool> draining{false}, aborting{false};
+  // Connections that nobody has to wait for when we drain: tunnels and event
+  // streams, which the target ends, and those that merely linger.
+  std::atomic<std::size_t> endless{0}, lingering{0};
+  std::mutex mutex; // of logged
+  std::set<std::string> logged;
+  const std::vector<std::unique_ptr<Worker>> workers;
+  Supervisor supervisor; // the last member: its thread uses the others
+
+private:
+  std::vector<std::unique_ptr<Worker>> make_workers() {
+    const auto cpus = std::thread::hardware_concurrency();
+    std::vector<std::unique_ptr<Worker>> made(
+        std::clamp<unsigned>(cpus, 1, WARMPROXY_MAX_LOOPS));
+    for (auto &worker : made) {
+      worker = std::make_unique<Worker>(*this);
+    }
+    return made;
+  }
+
+  // For a target that is to end, and may wait for the end of its connections
+  // first. A loop that does not run has none.
+  void await_no_idle_upstreams() {
+    close_idle_upstreams();
+    const auto deadline = SteadyClock::now() + milliseconds(100);
+    for (const auto &worker : workers) {
+      while (worker->pool.idle_count() > 0 && SteadyClock::now() < deadline) {
+        ::poll(nullptr, 0, 1);
+      }
+    }
+  }
+};
+
+inline Worker::Worker(Shared &s)
+    : shared(s), loop(s.log), pool(loop), idle_clients(loop) {
+  // Wakes drain(). It runs after size() has dropped, so the new count is seen.
+  loop.on_close = [&s] {
+    if (s.draining) { s.workers.front()->loop.wake(); }
+  };
 }
 
 // ---- Exchange: one request with the target ----------------------------------
@@ -5826,9 +5857,7 @@ private:
       return respond({200, {}, "text/plain; charset=utf-8", "OK"});
     }
     if (head.path() == config.status_path) {
-      auto status = shared_.supervisor.status();
-      status.connections = shared_.connections();
-      return respond(status_reply(head, status));
+      return respond(status_reply(head, shared_.status()));
     }
     if (const auto server = shared_.routes.find(head.path())) {
       return lend(*server);
@@ -5997,19 +6026,8 @@ private:
 
 class Server {
 public:
-  // Throws std::system_error.
-  Server(const Config &config, const Log &log, Vercel *vercel,
-         OwnRoutes &routes)
-      : shared_(config, log, supervisor_, vercel, routes),
-        supervisor_(
-            config, log, [this] { notify_all(); },
-            [this] { close_idle_upstreams(); }) {
-    const auto cpus = std::thread::hardware_concurrency();
-    const auto count = std::clamp<unsigned>(cpus, 1, WARMPROXY_MAX_LOOPS);
-    for (unsigned i = 0; i < count; ++i) {
-      shared_.workers.push_back(std::make_unique<Worker>(shared_));
-    }
-  }
+  // Throws std::system_error. `vercel` may be null.
+  Server(Config config, Vercel *vercel) : shared(std::move(config), vercel) {}
   // Stops, and waits for run() to return.
   ~Server() {
     stop();
@@ -6055,16 +6073,16 @@ public:
     const std::unique_lock<std::mutex> lock(run_mutex_, std::try_to_lock);
     if (!lock || has_run_.exchange(true)) { return false; }
     if (!listening_.fd || !own_loop().watch(listening_)) { return false; }
-    auto &own_routes = shared_.routes.servers;
+    auto &own_routes = shared.routes.servers;
     for (auto &[prefix, server] : own_routes) {
       server.open(); // may throw, so before there are threads to join
     }
-    if (shared_.config.prewarm) { supervisor_.prewarm(); }
+    if (shared.config.prewarm) { shared.supervisor.prewarm(); }
     start_loops();
     accept_until_stopped();
     drain();
     over_ = true;
-    notify_all();
+    shared.notify_all();
     for (auto &thread : threads_) {
       thread.join();
     }
@@ -6073,28 +6091,30 @@ public:
     }
     return true;
   }
-  bool has_run() const { return has_run_; }
 
   // From any thread.
   void stop() {
-    shared_.draining = true;
-    notify_all();
+    shared.draining = true;
+    shared.notify_all();
   }
-  std::size_t connections() const { return shared_.connections(); }
-  const Supervisor &supervisor() const { return supervisor_; }
 
-  void set_pre_routing_handler(httplib::Server::HandlerWithResponse handler) {
-    shared_.pre_routing_handler = std::move(handler);
+  void require_not_listening(const char *function) const {
+    if (has_run_) {
+      throw std::logic_error(concat("warmproxy: Proxy::", function,
+                                    "() must be called before listening"));
+    }
   }
+
+  Shared shared;
 
 private:
   // run() runs this one itself, and accepts in it.
-  Loop &own_loop() { return shared_.workers.front()->loop; }
+  Loop &own_loop() { return shared.workers.front()->loop; }
 
   void start_loops() {
     try {
-      while (threads_.size() + 1 < shared_.workers.size()) {
-        auto &loop = shared_.workers[threads_.size() + 1]->loop;
+      while (threads_.size() + 1 < shared.workers.size()) {
+        auto &loop = shared.workers[threads_.size() + 1]->loop;
         threads_.emplace_back([this, &loop] {
           while (!over_) {
             loop.turn(Time::max());
@@ -6106,7 +6126,7 @@ private:
 
   // Of the workers whose loops run, the one with the least `value`.
   template <typename F> Worker &least(F value) {
-    const auto first = shared_.workers.begin();
+    const auto first = shared.workers.begin();
     const auto count = static_cast<std::ptrdiff_t>(threads_.size() + 1);
     return **std::min_element(first, first + count,
                               [value](const auto &a, const auto &b) {
@@ -6114,28 +6134,10 @@ private:
                               });
   }
 
-  void notify_all() {
-    for (const auto &worker : shared_.workers) {
-      worker->loop.notify();
-    }
-  }
-
-  // A target that is to end may wait for the end of its connections first.
-  // Called by the supervisor's thread; a loop that does not run has none.
-  void close_idle_upstreams() {
-    shared_.close_idle_upstreams();
-    const auto deadline = SteadyClock::now() + milliseconds(100);
-    for (const auto &worker : shared_.workers) {
-      while (worker->pool.idle_count() > 0 && SteadyClock::now() < deadline) {
-        ::poll(nullptr, 0, 1);
-      }
-    }
-  }
-
   // ---- Server: accepting
 
   void accept_until_stopped() {
-    while (!shared_.draining) {
+    while (!shared.draining) {
       own_loop().turn(listening_.readable ? paused_until_ : Time::max());
       accept_batch(64); // not for so long that clients have to wait
     }
@@ -6151,7 +6153,7 @@ private:
   void accept_batch(int most) {
     const auto now = own_loop().now();
     for (; most > 0 && listening_.readable && now >= paused_until_; --most) {
-      const auto count = connections();
+      const auto count = shared.connections();
       const auto [limit, refused] = capacity();
       if (count >= limit + refused || !accept_one(count >= limit)) {
         paused_until_ = later(now, milliseconds(10));
@@ -6170,9 +6172,9 @@ private:
     }
     const bool over_limit = full && !make_room();
     if (over_limit) {
-      shared_.log_once("too many connections, and none is idle: further ones "
-                       "get 503 (see WARMPROXY_MAX_CONNECTIONS and the limit "
-                       "on open files)");
+      shared.log_once("too many connections, and none is idle: further ones "
+                      "get 503 (see WARMPROXY_MAX_CONNECTIONS and the limit "
+                      "on open files)");
     }
     try {
       auto &worker = least([](const Worker &w) { return w.loop.size(); });
@@ -6203,12 +6205,12 @@ private:
   Capacity capacity() const {
     rlimit files{};
     ::getrlimit(RLIMIT_NOFILE, &files);
-    const rlim_t own = 16 + 3 * shared_.workers.size();
+    const rlim_t own = 16 + 3 * shared.workers.size();
     const auto room = std::max(files.rlim_cur, own) - own;
     const auto refused = std::clamp<rlim_t>(room / 4, 1, 16);
     const auto limit = std::max<rlim_t>(room, refused + 2) - refused;
     return {static_cast<std::size_t>(
-                std::min<rlim_t>(limit / 2, shared_.config.max_connections)),
+                std::min<rlim_t>(limit / 2, shared.config.max_connections)),
             static_cast<std::size_t>(refused)};
   }
 
@@ -6218,43 +6220,41 @@ private:
   // that the target itself has to end, or half of the budget is used, the
   // target gets SIGTERM. What is left at the end of the budget is aborted.
   void drain() {
-    const auto budget = clamped(shared_.config.stop_timeout);
+    auto &supervisor = shared.supervisor;
+    const auto budget = clamped(shared.config.stop_timeout);
     const auto half = SteadyClock::now() + budget / 2;
     const auto deadline = half + budget / 2;
-    shared_.waiting_for_end = true;
-    supervisor_.drain();
-    notify_all();
-    while (const auto count = connections()) {
+    supervisor.drain();
+    shared.notify_all();
+    while (const auto count = shared.connections()) {
       const auto now = SteadyClock::now();
-      if (now >= half || count <= shared_.endless + shared_.lingering) {
-        supervisor_.stop(deadline);
+      if (now >= half || count <= shared.endless + shared.lingering) {
+        supervisor.stop(deadline);
       }
-      if (now >= deadline && !shared_.aborting.exchange(true)) {
-        shared_.log(concat(
+      if (now >= deadline && !shared.aborting.exchange(true)) {
+        shared.log(concat(
             "aborted ", decimal(count), " connections: not finished within ",
             in_seconds(budget), " s (see WARMPROXY_STOP_TIMEOUT)"));
-        for (auto &[prefix, server] : shared_.routes.servers) {
+        for (auto &[prefix, server] : shared.routes.servers) {
           server.abort();
         }
-        notify_all();
+        shared.notify_all();
       }
       const auto next = now < half ? half : deadline;
       own_loop().turn(own_loop().now() + (next > now ? next - now : max_wait));
     }
     // This loop's own idle connections; the supervisor has the others closed.
-    shared_.close_idle_upstreams();
+    shared.close_idle_upstreams();
     own_loop().turn(own_loop().now());
-    supervisor_.stop(deadline);
-    supervisor_.join();
+    supervisor.stop(deadline);
+    supervisor.join();
   }
 
-  Shared shared_;
   Socket listening_;
   Time paused_until_{};  // accepting
   std::mutex run_mutex_; // held by run()
   std::atomic<bool> has_run_{false}, over_{false};
   std::vector<std::thread> threads_; // of all loops but own_loop()
-  Supervisor supervisor_; // the last, since it calls the server until it ends
 };
 
 // ---- Settings: the environment and the command line -------------------------
@@ -6571,29 +6571,9 @@ inline Config make_config(Options options, bool on_vercel) {
 
 } // namespace detail
 
-class Proxy::Impl {
+class Proxy::Impl : public detail::Server {
 public:
-  // Throws std::system_error. `vercel` may be null.
-  Impl(detail::Config c, detail::Vercel *vercel)
-      : config(std::move(c)), log(config), server(config, log, vercel, routes) {
-  }
-
-  // Serves until a signal of `signals`, which are blocked. Throws
-  // std::runtime_error.
-  void serve(const sigset_t &signals, detail::Vercel *vercel,
-             detail::SteadyClock::time_point began);
-  void require_not_listening(const char *function) const {
-    if (server.has_run()) {
-      throw std::logic_error(detail::concat("warmproxy: Proxy::", function,
-                                            "() must be called before "
-                                            "listening"));
-    }
-  }
-
-  const detail::Config config;
-  const detail::Log log;
-  detail::OwnRoutes routes;
-  detail::Server server;
+  using Server::Server;
 };
 
 inline Proxy::Proxy(Options options) {
@@ -6606,32 +6586,28 @@ inline Proxy::Proxy(Options options) {
 inline Proxy::~Proxy() = default;
 
 inline bool Proxy::listen(const std::string &host, int port) {
-  return impl_->server.bind(host, port) >= 0 && impl_->server.run();
+  return impl_->bind(host, port) >= 0 && impl_->run();
 }
 
 inline int Proxy::bind_to_any_port(const std::string &host) {
-  return impl_->server.bind(host, 0);
+  return impl_->bind(host, 0);
 }
 
-inline bool Proxy::listen_after_bind() { return impl_->server.run(); }
+inline bool Proxy::listen_after_bind() { return impl_->run(); }
 
-inline void Proxy::stop() { impl_->server.stop(); }
+inline void Proxy::stop() { impl_->stop(); }
 
-inline Status Proxy::status() const {
-  auto status = impl_->server.supervisor().status();
-  status.connections = impl_->server.connections();
-  return status;
-}
+inline Status Proxy::status() const { return impl_->shared.status(); }
 
 inline httplib::Server &Proxy::routes(std::string prefix) {
   impl_->require_not_listening("routes");
-  return impl_->routes.at(prefix);
+  return impl_->shared.routes.at(prefix);
 }
 
 inline void
 Proxy::set_pre_routing_handler(httplib::Server::HandlerWithResponse handler) {
   impl_->require_not_listening("set_pre_routing_handler");
-  impl_->server.set_pre_routing_handler(std::move(handler));
+  impl_->shared.pre_routing_handler = std::move(handler);
 }
 
 // ---- options_from_env -------------------------------------------------------
@@ -6752,40 +6728,40 @@ inline void handle_signals(const sigset_t &signals,
   }
 }
 
-} // namespace detail
-
 // ---- serve: the sequence
 
-inline void Proxy::Impl::serve(const sigset_t &signals, detail::Vercel *vercel,
-                               detail::SteadyClock::time_point began) {
-  using detail::concat;
+// Serves until a signal of `signals`, which are blocked. Throws
+// std::runtime_error.
+inline void serve_until_signal(Server &server, const sigset_t &signals,
+                               SteadyClock::time_point began) {
+  auto &shared = server.shared;
+  const auto &config = shared.config;
   errno = 0;
   const int port = server.bind(config.host, config.port);
   const int error = errno; // getaddrinfo(3) leaves it alone
   const auto address =
-      concat(config.host, ":", detail::decimal(port < 0 ? config.port : port));
+      concat(config.host, ":", decimal(port < 0 ? config.port : port));
   if (port < 0) {
-    throw std::runtime_error(
-        concat("cannot listen on ", address, ": ",
-               error ? detail::error_text(error) : "no such address",
-               " (see HOST and PORT)"));
+    throw std::runtime_error(concat(
+        "cannot listen on ", address, ": ",
+        error ? error_text(error) : "no such address", " (see HOST and PORT)"));
   }
-  log(detail::printable(concat(
+  shared.log(printable(concat(
       "listening on ", address, "; ", config.binary,
       config.prewarm ? " starts now" : " starts with the first request")));
   const auto stop = [&] {
     server.stop();
-    if (vercel) { vercel->flush(); }
-    log("stopping: running requests may finish; a second signal ends them");
+    if (shared.vercel) { shared.vercel->flush(); }
+    shared.log(
+        "stopping: running requests may finish; a second signal ends them");
   };
   std::atomic<bool> over{false};
-  std::thread thread([&] {
-    detail::handle_signals(signals, over, server.supervisor(), stop);
-  });
-  if (vercel) {
-    vercel->started(std::chrono::duration_cast<std::chrono::milliseconds>(
-                        detail::SteadyClock::now() - began),
-                    port);
+  std::thread thread(
+      [&] { handle_signals(signals, over, shared.supervisor, stop); });
+  if (shared.vercel) {
+    shared.vercel->started(
+        std::chrono::duration_cast<milliseconds>(SteadyClock::now() - began),
+        port);
   }
   const bool good = server.run();
   over = true;
@@ -6793,6 +6769,8 @@ inline void Proxy::Impl::serve(const sigset_t &signals, detail::Vercel *vercel,
   thread.join();
   if (!good) { throw std::runtime_error("cannot accept connections"); }
 }
+
+} // namespace detail
 
 inline int serve(Options options, int argc, const char *const *argv) {
   const auto began = detail::SteadyClock::now();
@@ -6817,11 +6795,11 @@ inline int serve(Options options, int argc, const char *const *argv) {
   };
   try {
     vercel = detail::Vercel::connect(log);
-    Proxy::Impl proxy(
+    detail::Server server(
         detail::serve_config(std::move(options), vercel != nullptr),
         vercel.get());
     detail::raise_file_limit(); // the target keeps what we were given
-    proxy.serve(signals, vercel.get(), began);
+    detail::serve_until_signal(server, signals, began);
     return 0;
   } catch (const std::invalid_argument &error) {
     return give_up(2, error.what());
