@@ -6698,33 +6698,23 @@ inline bool reap_orphans(const Supervisor &supervisor) {
   return false;
 }
 
-// Waits for one of `signals`, or only briefly. Returns 0 or less if there was
-// none.
-inline int wait_for_signal(const sigset_t &signals, bool briefly) {
-#ifdef __linux__
-  const timespec time{0, 100'000'000};
-  return ::sigtimedwait(&signals, nullptr, briefly ? &time : nullptr);
-#else
-  int number = 0;
-  ::sigwait(&signals, &number);
-  return static_cast<void>(briefly), number;
-#endif
-}
-
-// Calls `stop` at the first of `signals`, which are blocked, and ends the
+// Stops the server at the first of `signals`, which are blocked, and ends the
 // process at the second. As PID 1, it also reaps orphans. Returns after `over`
 // was set and a SIGCHLD was sent to this thread.
-inline void handle_signals(const sigset_t &signals,
-                           const std::atomic<bool> &over,
-                           const Supervisor &supervisor,
-                           const std::function<void()> &stop) {
-  bool stopping = false;
+inline void handle_signals(Server &server, const sigset_t &signals,
+                           const std::atomic<bool> &over) {
+  const auto &shared = server.shared;
+  const timespec briefly{0, 100'000'000};
   while (!over) {
-    const bool again = ::getpid() == 1 && reap_orphans(supervisor);
-    const int number = wait_for_signal(signals, again);
+    const bool again = ::getpid() == 1 && reap_orphans(shared.supervisor);
+    const int number = again ? ::sigtimedwait(&signals, nullptr, &briefly)
+                             : ::sigwaitinfo(&signals, nullptr);
     if (number <= 0 || number == SIGCHLD) { continue; }
-    if (std::exchange(stopping, true)) { ::_exit(128 + number); }
-    stop();
+    if (shared.draining) { ::_exit(128 + number); }
+    server.stop();
+    if (shared.vercel) { shared.vercel->flush(); }
+    shared.log(
+        "stopping: running requests may finish; a second signal ends them");
   }
 }
 
@@ -6749,15 +6739,8 @@ inline void serve_until_signal(Server &server, const sigset_t &signals,
   shared.log(printable(concat(
       "listening on ", address, "; ", config.binary,
       config.prewarm ? " starts now" : " starts with the first request")));
-  const auto stop = [&] {
-    server.stop();
-    if (shared.vercel) { shared.vercel->flush(); }
-    shared.log(
-        "stopping: running requests may finish; a second signal ends them");
-  };
   std::atomic<bool> over{false};
-  std::thread thread(
-      [&] { handle_signals(signals, over, shared.supervisor, stop); });
+  std::thread thread([&] { handle_signals(server, signals, over); });
   if (shared.vercel) {
     shared.vercel->started(
         std::chrono::duration_cast<milliseconds>(SteadyClock::now() - began),
