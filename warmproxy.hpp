@@ -4750,6 +4750,33 @@ inline void write_reply(const Reply &reply, const RequestHead &request,
   if (has_body && request.method != "HEAD") { out += reply.body; }
 }
 
+// ---- Client ----------------------------------------------------------------
+
+// The client's side of a connection.
+struct Client : Task {
+  explicit Client(BufferPool &buffers) : received(buffers) {}
+
+  SocketAddress local_address() const {
+    SocketAddress local;
+    ::getsockname(socket.fd.get(), local.get(), &local.size);
+    return local;
+  }
+
+  Socket socket;
+  Buffer received;
+  std::string address;
+  int port = 0;
+  // NTLM or Negotiate has logged the client in on its upstream connection, so
+  // that its own connection must not outlive that one.
+  bool authenticated = false;
+
+  // For IdleClients, which takes the entry while the client is idle.
+  std::list<Client *> not_idle{this};
+  const std::list<Client *>::iterator entry = not_idle.begin();
+  Time idle_since{};
+  bool asked_to_leave = false;
+};
+
 // ---- Routes: the seam to cpp-httplib ---------------------------------------
 
 // A client's connection, lent to an own route for one request: cpp-httplib
@@ -4758,23 +4785,28 @@ inline void write_reply(const Reply &reply, const RequestHead &request,
 // head gets our Connection lines.
 class Loan : public httplib::Stream {
 public:
-  // Filled in by the lender, which keeps the descriptor open:
-  int fd = -1;
-  std::string head;     // the request head, as own routes see it
-  std::string received; // bytes behind the head that have arrived already
-  std::string method;
-  Framing request;             // of the request's body
-  bool keep_alive = false;     // whether the client's connection may be kept
-  int minor = 1;               // of the client's HTTP/1.x
-  std::string keep_alive_line; // what is announced to the client if it is kept
-  std::string client_address, local_address;
-  int client_port = 0, local_port = 0;
+  // All of them outlive the loan, and the client's socket stays open.
+  Loan(const Client &client, const RequestHead &request, const Config &config,
+       bool draining)
+      : received(client.received.view()),
+        keep_alive(request.keep_alive && !draining), client_(client),
+        request_(request), body_(request.framing) {
+    HeadWriter(request, {config, client.address, {}}, request_head_)
+        .write_own_request();
+    const auto timeout = config.keep_alive_timeout;
+    if (timeout >= seconds(1) && timeout <= std::chrono::hours(24)) {
+      append_field(keep_alive_line_, "Keep-Alive",
+                   concat("timeout=", decimal(timeout.count() / 1000)));
+    }
+  }
 
-  // Afterwards `received` holds what came behind the request, and
-  // `keep_alive` says whether the connection is good for the next one.
+  // To be called at the end.
   void end(bool good) {
     keep_alive &= good && responding_ && response_.done() && !broken_;
   }
+
+  std::string received; // bytes behind the head; in the end, behind the request
+  bool keep_alive;      // whether the connection is good for the next request
 
   // Stream's virtual functions, which differ between versions: hence all of
   // them, and no `override`.
@@ -4783,16 +4815,17 @@ public:
   bool wait_readable() const { return !broken_; }
   bool wait_writable() const { return is_peer_alive(); }
   void get_remote_ip_and_port(std::string &ip, int &port) const {
-    ip = client_address;
-    port = client_port;
+    ip = client_.address;
+    port = client_.port;
   }
   void get_local_ip_and_port(std::string &ip, int &port) const {
-    ip = local_address;
-    port = local_port;
+    const auto local = client_.local_address();
+    ip = local.text();
+    port = local.port();
   }
   // cpp-httplib up to 0.18 refuses descriptors that select(2) cannot take, and
   // only looks at this one.
-  socket_t socket() const { return fd < FD_SETSIZE ? fd : STDIN_FILENO; }
+  socket_t socket() const { return fd() < FD_SETSIZE ? fd() : STDIN_FILENO; }
   time_t duration() const { return 0; }
   void set_read_timeout(time_t, time_t = 0) {}
 
@@ -4801,10 +4834,10 @@ public:
   // is aborted. Bytes that are left to be read hide a shutdown from recv(), but
   // not from poll().
   bool is_peer_alive() const {
-    pollfd hung_up{fd, 0, 0};
+    pollfd hung_up{fd(), 0, 0};
     if (broken_ || ::poll(&hung_up, 1, 0) > 0) { return false; }
     char byte;
-    if (::recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) != 0) { return true; }
+    if (::recv(fd(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) != 0) { return true; }
     if (gone_at_ == Time::max()) {
       gone_at_ = after(milliseconds(WARMPROXY_HALF_CLOSE_GRACE));
     }
@@ -4812,17 +4845,17 @@ public:
   }
 
   ssize_t read(char *data, std::size_t size) {
-    if (head_read_ < head.size()) {
-      const auto n = head.copy(data, size, head_read_);
+    if (head_read_ < request_head_.size()) {
+      const auto n = request_head_.copy(data, size, head_read_);
       head_read_ += n;
       return static_cast<ssize_t>(n);
     }
-    if (request.done()) { return 0; }
+    if (body_.done()) { return 0; }
     if (received.empty() && !receive()) { return -1; }
-    const auto n = request.take(std::string_view(received).substr(0, size));
+    const auto n = body_.take(std::string_view(received).substr(0, size));
     received.copy(data, n);
     received.erase(0, n);
-    broken_ |= request.malformed();
+    broken_ |= body_.malformed();
     return n ? static_cast<ssize_t>(n) : -1;
   }
 
@@ -4842,11 +4875,13 @@ public:
   }
 
 private:
+  int fd() const { return client_.socket.fd.get(); }
+
   // Whether a call that failed can be repeated, now that the connection is
   // ready. cpp-httplib's own time limits do not cover our streams.
   bool wait(short events) {
     if (!would_block(errno)) { return false; }
-    pollfd socket{fd, events, 0};
+    pollfd socket{fd(), events, 0};
     const auto deadline = after(milliseconds(WARMPROXY_SEND_TIMEOUT));
     while (!wait_for(&socket, 1, deadline)) {
       if (RunningClock::now() >= deadline) { return false; }
@@ -4858,7 +4893,7 @@ private:
     char bytes[16384];
     ssize_t n = 0;
     do {
-      n = ::recv(fd, bytes, sizeof(bytes), MSG_DONTWAIT);
+      n = ::recv(fd(), bytes, sizeof(bytes), MSG_DONTWAIT);
     } while (n < 0 && wait(POLLIN));
     broken_ |= n <= 0;
     if (n > 0) { received.assign(bytes, static_cast<std::size_t>(n)); }
@@ -4868,7 +4903,7 @@ private:
   void send_all(std::string_view bytes) {
     while (!bytes.empty() && !broken_) {
       const auto n =
-          ::send(fd, bytes.data(), bytes.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
+          ::send(fd(), bytes.data(), bytes.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
       if (n > 0) { bytes.remove_prefix(static_cast<std::size_t>(n)); }
       broken_ = n <= 0 && !wait(POLLOUT);
     }
@@ -4877,7 +4912,7 @@ private:
   // cpp-httplib announces its own keep-alive limits, which are not ours.
   void send_head(std::string text) {
     ResponseHead response;
-    if (parse_response(std::move(text), method, response)) {
+    if (parse_response(std::move(text), request_.method, response)) {
       broken_ = true;
       return;
     }
@@ -4891,9 +4926,10 @@ private:
       }
     }
     if (responding_) {
-      keep_alive &= request.done() && !is_dechunked() &&
+      keep_alive &= body_.done() && !is_dechunked() &&
                     response_.mode() != Framing::Mode::until_close;
-      out += keep_alive ? keep_alive_line : "Connection: close\r\n";
+      write_persistence(request_, keep_alive, out);
+      if (keep_alive) { out += keep_alive_line_; }
     }
     send_all(out += "\r\n");
   }
@@ -4906,14 +4942,19 @@ private:
     send_all(dechunk ? content : body);
   }
   bool is_dechunked() const {
-    return minor == 0 && response_.mode() == Framing::Mode::chunked;
+    return request_.minor == 0 && response_.mode() == Framing::Mode::chunked;
   }
 
-  std::size_t head_read_ = 0; // of `head`
+  const Client &client_;
+  const RequestHead &request_;
+  std::string request_head_;  // as own routes see it
+  std::size_t head_read_ = 0; // of that
+  Framing body_;              // of the request
   std::string head_;          // of the response, while it is not complete
   Framing response_;
   bool responding_ = false; // the final head has been sent
   bool broken_ = false;
+  std::string keep_alive_line_;        // announced to the client if it is kept
   mutable Time gone_at_ = Time::max(); // after the grace for a half-close
 };
 
@@ -4939,11 +4980,10 @@ public:
 
   // Serves the loan on a thread of the pool, which calls `returned` at the end.
   // False if the pool refuses it. To end it early, shut its descriptor down.
-  bool lend(std::shared_ptr<Loan> loan, std::function<void()> returned) {
-    const auto job = [this, loan = std::move(loan),
-                      returned = std::move(returned)] {
-      serve(*loan);
-      returned();
+  bool lend(Loan &loan, std::function<void()> returned) {
+    const auto job = [this, &loan, returned = std::move(returned)] {
+      serve(loan);
+      returned(); // there may be no loan any more
     };
     return enqueue(*pool_, job);
   }
@@ -4973,9 +5013,12 @@ private:
     httplib::Stream &stream = loan;
     bool closed = false, complete = false;
     try {
-      complete = process_request(stream, loan.client_address, loan.client_port,
-                                 loan.local_address, loan.local_port, true,
-                                 closed, Setup());
+      std::string remote, local;
+      int remote_port = 0, local_port = 0;
+      loan.get_remote_ip_and_port(remote, remote_port);
+      loan.get_local_ip_and_port(local, local_port);
+      complete = process_request(stream, remote, remote_port, local, local_port,
+                                 true, closed, Setup());
     } catch (...) {} // of a handler, where cpp-httplib does not catch it
     loan.end(complete);
   }
@@ -5028,8 +5071,14 @@ inline std::string percent_decode(std::string_view text) {
 // The request as the handler sees it. process_request() is of no use here: it
 // answers methods and header values that it does not know by itself.
 inline httplib::Request routing_request(const RequestHead &head,
-                                        const Forwarding &forwarding) {
+                                        const Client &client,
+                                        const Config &config) {
+  const auto local = client.local_address();
   httplib::Request request;
+  request.remote_addr = client.address;
+  request.remote_port = client.port;
+  request.local_addr = local.text();
+  request.local_port = local.port();
   request.method = head.method;
   request.target = head.target;
   request.path = percent_decode(head.path());
@@ -5039,7 +5088,7 @@ inline httplib::Request routing_request(const RequestHead &head,
         std::string(head.target.substr(query + 1)), request.params);
   }
   std::string text;
-  HeadWriter(head, forwarding, text).write_own_request();
+  HeadWriter(head, {config, client.address, {}}, text).write_own_request();
   RequestHead seen;
   parse_request(std::move(text), seen);
   for (const auto &field : seen.fields) {
@@ -5079,25 +5128,6 @@ call_pre_routing_handler(const httplib::Server::HandlerWithResponse &handler,
 }
 
 // ---- Worker: what connections share -----------------------------------------
-
-// The client's side of a connection.
-struct Client : Task {
-  explicit Client(BufferPool &buffers) : received(buffers) {}
-
-  Socket socket;
-  Buffer received;
-  std::string address;
-  int port = 0;
-  // NTLM or Negotiate has logged the client in on its upstream connection, so
-  // that its own connection must not outlive that one.
-  bool authenticated = false;
-
-  // For IdleClients, which takes the entry while the client is idle.
-  std::list<Client *> not_idle{this};
-  const std::list<Client *>::iterator entry = not_idle.begin();
-  Time idle_since{};
-  bool asked_to_leave = false;
-};
 
 // The client connections of one event loop that are between two requests. At
 // `max_connections`, the one that has been idle for longest makes room.
@@ -5864,14 +5894,9 @@ private:
     }
     if (is_preflight(head, config)) { return respond({204, {}, {}, {}}); }
     if (shared_.pre_routing_handler) {
-      const auto local = local_address();
-      auto seen = routing_request(head, own_forwarding());
-      seen.remote_addr = address;
-      seen.remote_port = port;
-      seen.local_addr = local.text();
-      seen.local_port = local.port();
       if (const auto reply = call_pre_routing_handler(
-              shared_.pre_routing_handler, seen, shared_.log)) {
+              shared_.pre_routing_handler, routing_request(head, *this, config),
+              shared_.log)) {
         return respond(*reply);
       }
     }
@@ -5886,41 +5911,12 @@ private:
 
   // ---- Own routes
 
-  Forwarding own_forwarding() const { return {shared_.config, address, {}}; }
-
-  SocketAddress local_address() const {
-    SocketAddress local;
-    ::getsockname(socket.fd.get(), local.get(), &local.size);
-    return local;
-  }
-
   // The socket stays watched: what happens to it meanwhile is not looked at.
   Step lend(RouteServer &server) {
-    const auto &head = request_->head;
-    loan_ = std::make_shared<Loan>();
-    auto &loan = *loan_;
-    loan.fd = socket.fd.get();
-    HeadWriter(head, own_forwarding(), loan.head).write_own_request();
-    loan.received = received.view();
-    loan.method = head.method;
-    loan.request = head.framing;
-    loan.minor = head.minor;
-    loan.keep_alive = head.keep_alive && !shared_.draining;
-    if (head.minor == 0) {
-      loan.keep_alive_line = "Connection: keep-alive\r\n";
-    }
-    const auto timeout = shared_.config.keep_alive_timeout;
-    if (timeout >= seconds(1) && timeout <= std::chrono::hours(24)) {
-      append(loan.keep_alive_line,
-             "Keep-Alive: timeout=", decimal(timeout.count() / 1000), "\r\n");
-    }
-    loan.client_address = address;
-    loan.client_port = port;
-    const auto local = local_address();
-    loan.local_address = local.text();
-    loan.local_port = local.port();
+    loan_ = std::make_unique<Loan>(*this, request_->head, shared_.config,
+                                   shared_.draining);
     deadline_ = Time::max();
-    if (!server.lend(loan_, [this] { worker_.loop.resume(*this); })) {
+    if (!server.lend(*loan_, [this] { worker_.loop.resume(*this); })) {
       loan_.reset();
       return refuse({503, "too many requests for own routes"});
     }
@@ -5932,8 +5928,8 @@ private:
     if (!std::exchange(returned_, false)) { return Next::wait; }
     socket.readable = socket.writable = true; // the next call finds out
     keep_alive_ = loan_->keep_alive && !shared_.draining;
-    const auto loan = std::move(loan_);
-    received.append(loan->received);
+    received.append(loan_->received);
+    loan_.reset();
     return {}; // send_response() has nothing to send and finishes
   }
 
@@ -6015,7 +6011,7 @@ private:
   Time deadline_{};
   std::size_t searched_ = 0; // bytes without the end of a head
   std::optional<Request> request_;
-  std::shared_ptr<Loan> loan_;       // while an own route serves the connection
+  std::unique_ptr<Loan> loan_;       // while an own route serves the connection
   bool returned_ = false;            // the own route has responded
   Flow response_;                    // of our own
   bool keep_alive_ = false;          // after it, or the own route's
