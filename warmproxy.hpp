@@ -4487,9 +4487,9 @@ inline void adapt_to_vercel(Options &options) {
 
 struct Reply {
   int status = 200;
-  std::string lines; // further header lines, each with CRLF
-  std::string type;  // Content-Type; empty: none
-  std::string body;
+  std::string lines{}; // further header lines, each with CRLF
+  std::string type{};  // Content-Type; empty: none
+  std::string body{};
 };
 
 // ---- Responses: pages
@@ -5101,24 +5101,22 @@ inline httplib::Request routing_request(const RequestHead &head,
 inline std::optional<Reply>
 call_pre_routing_handler(const httplib::Server::HandlerWithResponse &handler,
                          const httplib::Request &request, const Log &log) {
+  const auto failed = [&log](const char *why) {
+    log(concat("pre-routing handler failed: ", why));
+    return Reply{500};
+  };
   using Result = httplib::Server::HandlerResponse;
   httplib::Response response;
   try {
     if (handler(request, response) != Result::Handled) { return {}; }
     if (response.content_provider_) {
-      throw std::logic_error("content providers are not supported");
+      return failed("content providers are not supported");
     }
   } catch (const std::exception &error) {
-    log(concat("pre-routing handler failed: ", error.what()));
-    return Reply{500, {}, {}, {}};
-  } catch (...) {
-    log("pre-routing handler failed: unknown exception");
-    return Reply{500, {}, {}, {}};
-  }
-  Reply reply{response.status > 0 ? response.status : 200,
-              {},
-              {},
-              std::move(response.body)};
+    return failed(error.what());
+  } catch (...) { return failed("unknown exception"); }
+  Reply reply{response.status > 0 ? response.status : 200};
+  reply.body = std::move(response.body);
   for (const auto &[name, value] : response.headers) {
     if (!equals_ignore_case(name, "Content-Length")) {
       append(reply.lines, name, ": ", value, "\r\n");
@@ -5452,7 +5450,7 @@ private:
     }
     // The waiting page's script: it learns that the target is ready.
     if (request_.method == "GET" && request_.find("Warmproxy-Wait")) {
-      return respond({204, lease_.server_timing(), {}, {}});
+      return respond({204, lease_.server_timing()});
     }
     return open_upstream();
   }
@@ -5892,7 +5890,7 @@ private:
     if (const auto server = shared_.routes.find(head.path())) {
       return lend(*server);
     }
-    if (is_preflight(head, config)) { return respond({204, {}, {}, {}}); }
+    if (is_preflight(head, config)) { return respond({204}); }
     if (shared_.pre_routing_handler) {
       if (const auto reply = call_pre_routing_handler(
               shared_.pre_routing_handler, routing_request(head, *this, config),
