@@ -4851,7 +4851,7 @@ public:
       return static_cast<ssize_t>(n);
     }
     if (body_.done()) { return 0; }
-    if (received.empty() && !receive()) { return -1; }
+    if (received.empty()) { receive(); }
     const auto n = body_.take(std::string_view(received).substr(0, size));
     received.copy(data, n);
     received.erase(0, n);
@@ -4883,21 +4883,18 @@ private:
     if (!would_block(errno)) { return false; }
     pollfd socket{fd(), events, 0};
     const auto deadline = after(milliseconds(WARMPROXY_SEND_TIMEOUT));
-    while (!wait_for(&socket, 1, deadline)) {
-      if (RunningClock::now() >= deadline) { return false; }
-    }
-    return true;
+    while (!wait_for(&socket, 1, deadline) && RunningClock::now() < deadline) {}
+    return socket.revents != 0;
   }
 
-  bool receive() {
+  void receive() {
     char bytes[16384];
     ssize_t n = 0;
     do {
       n = ::recv(fd(), bytes, sizeof(bytes), MSG_DONTWAIT);
     } while (n < 0 && wait(POLLIN));
     broken_ |= n <= 0;
-    if (n > 0) { received.assign(bytes, static_cast<std::size_t>(n)); }
-    return n > 0;
+    received.assign(bytes, static_cast<std::size_t>(std::max<ssize_t>(n, 0)));
   }
 
   void send_all(std::string_view bytes) {
@@ -4981,11 +4978,10 @@ public:
   // Serves the loan on a thread of the pool, which calls `returned` at the end.
   // False if the pool refuses it. To end it early, shut its descriptor down.
   bool lend(Loan &loan, std::function<void()> returned) {
-    const auto job = [this, &loan, returned = std::move(returned)] {
+    return enqueue(*pool_, [this, &loan, returned = std::move(returned)] {
       serve(loan);
       returned(); // there may be no loan any more
-    };
-    return enqueue(*pool_, job);
+    });
   }
 
 private:
@@ -5024,30 +5020,6 @@ private:
   }
 
   std::unique_ptr<httplib::TaskQueue> pool_;
-};
-
-// All own routes of a Proxy.
-struct OwnRoutes {
-  // Throws std::invalid_argument.
-  httplib::Server &at(const std::string &prefix) {
-    const auto path = normalized_prefix(prefix);
-    if (path.empty()) {
-      throw std::invalid_argument(concat("warmproxy: Proxy::routes: prefix \"",
-                                         prefix,
-                                         "\" is not a path below \"/\""));
-    }
-    return servers[path];
-  }
-  // The one with the longest prefix, or null.
-  RouteServer *find(std::string_view path) {
-    for (auto &[prefix, server] : servers) {
-      if (is_below(path, prefix)) { return &server; }
-    }
-    return nullptr;
-  }
-
-  // By prefix; of those that a path is below, the longest comes first.
-  std::map<std::string, RouteServer, std::greater<>> servers;
 };
 
 // ---- Routes: the pre-routing handler
@@ -5228,6 +5200,13 @@ struct Shared {
       worker->pool.close_all();
     }
   }
+  // The server of own routes for this path, or null.
+  RouteServer *find_route(std::string_view path) {
+    for (auto &[prefix, server] : routes) {
+      if (is_below(path, prefix)) { return &server; }
+    }
+    return nullptr;
+  }
   // Logs what may come with every response only once.
   void log_once(const std::string &line) {
     {
@@ -5240,7 +5219,8 @@ struct Shared {
   const Config config;
   const Log log;
   Vercel *const vercel; // null elsewhere
-  OwnRoutes routes;
+  // By prefix; of those that a path is below, the longest comes first.
+  std::map<std::string, RouteServer, std::greater<>> routes;
   httplib::Server::HandlerWithResponse pre_routing_handler;
   std::atomic<bool> draining{false}, aborting{false};
   // Connections that nobody has to wait for when we drain: tunnels and event
@@ -5887,7 +5867,7 @@ private:
     if (head.path() == config.status_path) {
       return respond(status_reply(head, shared_.status()));
     }
-    if (const auto server = shared_.routes.find(head.path())) {
+    if (const auto server = shared_.find_route(head.path())) {
       return lend(*server);
     }
     if (is_preflight(head, config)) { return respond({204}); }
@@ -6067,8 +6047,7 @@ public:
     const std::unique_lock<std::mutex> lock(run_mutex_, std::try_to_lock);
     if (!lock || has_run_.exchange(true)) { return false; }
     if (!listening_.fd || !own_loop().watch(listening_)) { return false; }
-    auto &own_routes = shared.routes.servers;
-    for (auto &[prefix, server] : own_routes) {
+    for (auto &[prefix, server] : shared.routes) {
       server.open(); // may throw, so before there are threads to join
     }
     if (shared.config.prewarm) { shared.supervisor.prewarm(); }
@@ -6080,7 +6059,7 @@ public:
     for (auto &thread : threads_) {
       thread.join();
     }
-    for (auto &[prefix, server] : own_routes) {
+    for (auto &[prefix, server] : shared.routes) {
       server.close();
     }
     return true;
@@ -6107,9 +6086,8 @@ private:
 
   void start_loops() {
     try {
-      while (threads_.size() + 1 < shared.workers.size()) {
-        auto &loop = shared.workers[threads_.size() + 1]->loop;
-        threads_.emplace_back([this, &loop] {
+      for (std::size_t i = 1; i < shared.workers.size(); ++i) {
+        threads_.emplace_back([this, &loop = shared.workers[i]->loop] {
           while (!over_) {
             loop.turn(Time::max());
           }
@@ -6229,7 +6207,7 @@ private:
         shared.log(concat(
             "aborted ", decimal(count), " connections: not finished within ",
             in_seconds(budget), " s (see WARMPROXY_STOP_TIMEOUT)"));
-        for (auto &[prefix, server] : shared.routes.servers) {
+        for (auto &[prefix, server] : shared.routes) {
           server.abort();
         }
         shared.notify_all();
@@ -6595,7 +6573,13 @@ inline Status Proxy::status() const { return impl_->shared.status(); }
 
 inline httplib::Server &Proxy::routes(std::string prefix) {
   impl_->require_not_listening("routes");
-  return impl_->shared.routes.at(prefix);
+  const auto path = detail::normalized_prefix(prefix);
+  if (path.empty()) {
+    throw std::invalid_argument(
+        detail::concat("warmproxy: Proxy::routes: prefix \"", prefix,
+                       "\" is not a path below \"/\""));
+  }
+  return impl_->shared.routes[path];
 }
 
 inline void
