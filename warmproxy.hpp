@@ -1955,6 +1955,12 @@ struct SocketAddress {
   socklen_t size = sizeof(storage);
 };
 
+inline SocketAddress local_address(const Descriptor &socket) {
+  SocketAddress address;
+  ::getsockname(socket.get(), address.get(), &address.size);
+  return address;
+}
+
 inline Descriptor new_socket(int family, int flags = 0) {
   return Descriptor(::socket(family, SOCK_STREAM | SOCK_CLOEXEC | flags, 0));
 }
@@ -4376,7 +4382,9 @@ public:
     writer_.join();
   }
 
-  void started(milliseconds took, int port) {
+  void started(int port) {
+    const auto took = std::chrono::duration_cast<milliseconds>(
+        SteadyClock::now() - connected_);
     send("server-started", concat("\"initDuration\":", decimal(took.count()),
                                   ",\"httpPort\":", decimal(port)));
   }
@@ -4449,6 +4457,7 @@ private:
   }
 
   const Descriptor socket_;
+  const SteadyClock::time_point connected_ = SteadyClock::now();
   Wakeup wakeup_;      // of the writer
   std::mutex mutex_;   // of all below
   std::string unsent_; // what the platform has not read yet
@@ -4463,8 +4472,7 @@ private:
 // Settings that the platform calls for.
 inline void adapt_to_vercel(Options &options) {
   const auto strip = environment_variable("VERCEL_SERVICE_ROUTE_PREFIX_STRIP");
-  if (options.strip_prefix.empty() &&
-      (trim(strip) == "1" || equals_ignore_case(trim(strip), "true"))) {
+  if (options.strip_prefix.empty() && list_contains("1,true", trim(strip))) {
     options.strip_prefix =
         trim(environment_variable("VERCEL_SERVICE_ROUTE_PREFIX"));
   }
@@ -4756,12 +4764,6 @@ inline void write_reply(const Reply &reply, const RequestHead &request,
 struct Client : Task {
   explicit Client(BufferPool &buffers) : received(buffers) {}
 
-  SocketAddress local_address() const {
-    SocketAddress local;
-    ::getsockname(socket.fd.get(), local.get(), &local.size);
-    return local;
-  }
-
   Socket socket;
   Buffer received;
   std::string address;
@@ -4819,7 +4821,7 @@ public:
     port = client_.port;
   }
   void get_local_ip_and_port(std::string &ip, int &port) const {
-    const auto local = client_.local_address();
+    const auto local = local_address(client_.socket.fd);
     ip = local.text();
     port = local.port();
   }
@@ -5045,7 +5047,7 @@ inline std::string percent_decode(std::string_view text) {
 inline httplib::Request routing_request(const RequestHead &head,
                                         const Client &client,
                                         const Config &config) {
-  const auto local = client.local_address();
+  const auto local = local_address(client.socket.fd);
   httplib::Request request;
   request.remote_addr = client.address;
   request.remote_port = client.port;
@@ -5072,7 +5074,9 @@ inline httplib::Request routing_request(const RequestHead &head,
 // The reply of a handler that has handled the request, or nothing.
 inline std::optional<Reply>
 call_pre_routing_handler(const httplib::Server::HandlerWithResponse &handler,
-                         const httplib::Request &request, const Log &log) {
+                         const RequestHead &head, const Client &client,
+                         const Config &config, const Log &log) {
+  if (!handler) { return {}; }
   const auto failed = [&log](const char *why) {
     log(concat("pre-routing handler failed: ", why));
     return Reply{500};
@@ -5080,7 +5084,10 @@ call_pre_routing_handler(const httplib::Server::HandlerWithResponse &handler,
   using Result = httplib::Server::HandlerResponse;
   httplib::Response response;
   try {
-    if (handler(request, response) != Result::Handled) { return {}; }
+    if (handler(routing_request(head, client, config), response) !=
+        Result::Handled) {
+      return {};
+    }
     if (response.content_provider_) {
       return failed("content providers are not supported");
     }
@@ -5871,12 +5878,9 @@ private:
       return lend(*server);
     }
     if (is_preflight(head, config)) { return respond({204}); }
-    if (shared_.pre_routing_handler) {
-      if (const auto reply = call_pre_routing_handler(
-              shared_.pre_routing_handler, routing_request(head, *this, config),
-              shared_.log)) {
-        return respond(*reply);
-      }
+    if (const auto reply = call_pre_routing_handler(
+            shared_.pre_routing_handler, head, *this, config, shared_.log)) {
+      return respond(*reply);
     }
     if (ignores_forwarded_https(head, config)) {
       shared_.log_once("X-Forwarded-Proto: https ignored: the client is not "
@@ -6036,9 +6040,7 @@ public:
 #ifdef __linux__
     set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, 60);
 #endif
-    SocketAddress address;
-    ::getsockname(fd, address.get(), &address.size);
-    return address.port();
+    return local_address(listening_.fd).port();
   }
 
   // Serves until stop(), drains, and returns once the target has stopped. False
@@ -6700,8 +6702,7 @@ inline void handle_signals(Server &server, const sigset_t &signals,
 
 // Serves until a signal of `signals`, which are blocked. Throws
 // std::runtime_error.
-inline void serve_until_signal(Server &server, const sigset_t &signals,
-                               SteadyClock::time_point began) {
+inline void serve_until_signal(Server &server, const sigset_t &signals) {
   auto &shared = server.shared;
   const auto &config = shared.config;
   errno = 0;
@@ -6719,11 +6720,7 @@ inline void serve_until_signal(Server &server, const sigset_t &signals,
       config.prewarm ? " starts now" : " starts with the first request")));
   std::atomic<bool> over{false};
   std::thread thread([&] { handle_signals(server, signals, over); });
-  if (shared.vercel) {
-    shared.vercel->started(
-        std::chrono::duration_cast<milliseconds>(SteadyClock::now() - began),
-        port);
-  }
+  if (shared.vercel) { shared.vercel->started(port); }
   const bool good = server.run();
   over = true;
   ::pthread_kill(thread.native_handle(), SIGCHLD);
@@ -6734,7 +6731,6 @@ inline void serve_until_signal(Server &server, const sigset_t &signals,
 } // namespace detail
 
 inline int serve(Options options, int argc, const char *const *argv) {
-  const auto began = detail::SteadyClock::now();
   detail::open_standard_descriptors();
   const std::string_view argument = argc > 1 ? argv[1] : "";
   if (argument == "--help" || argument == "-h") {
@@ -6760,7 +6756,7 @@ inline int serve(Options options, int argc, const char *const *argv) {
         detail::serve_config(std::move(options), vercel != nullptr),
         vercel.get());
     detail::raise_file_limit(); // the target keeps what we were given
-    detail::serve_until_signal(server, signals, began);
+    detail::serve_until_signal(server, signals);
     return 0;
   } catch (const std::invalid_argument &error) {
     return give_up(2, error.what());
