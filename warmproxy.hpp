@@ -5082,12 +5082,10 @@ call_pre_routing_handler(const httplib::Server::HandlerWithResponse &handler,
     return Reply{500};
   };
   using Result = httplib::Server::HandlerResponse;
+  const auto request = routing_request(head, client, config);
   httplib::Response response;
   try {
-    if (handler(routing_request(head, client, config), response) !=
-        Result::Handled) {
-      return {};
-    }
+    if (handler(request, response) != Result::Handled) { return {}; }
     if (response.content_provider_) {
       return failed("content providers are not supported");
     }
@@ -5164,7 +5162,8 @@ struct Shared;
 
 // One event loop with what its connections share.
 struct Worker {
-  explicit Worker(Shared &);
+  Worker(Shared &s, const Log &log)
+      : shared(s), loop(log), pool(loop), idle_clients(loop) {}
 
   Time after(milliseconds time) const { return later(loop.now(), time); }
 
@@ -5177,8 +5176,9 @@ struct Worker {
 // What all connections of a server share.
 struct Shared {
   // Throws std::system_error.
-  Shared(Config c, Vercel *v)
-      : config(std::move(c)), log(config), vercel(v), workers(make_workers()),
+  Shared(const Options &options, Vercel *v)
+      : config{options, v != nullptr, normalized_prefix(options.strip_prefix)},
+        log(config), vercel(v), workers(make_workers()),
         supervisor(
             config, log, [this] { notify_all(); },
             [this] { await_no_idle_upstreams(); }) {}
@@ -5216,10 +5216,9 @@ struct Shared {
   }
   // Logs what may come with every response only once.
   void log_once(const std::string &line) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex);
-      if (logged.size() == 100 || !logged.insert(line).second) { return; }
-    }
+    std::unique_lock<std::mutex> lock(mutex);
+    if (logged.size() == 100 || !logged.insert(line).second) { return; }
+    lock.unlock();
     log(line);
   }
 
@@ -5244,7 +5243,11 @@ private:
     std::vector<std::unique_ptr<Worker>> made(
         std::clamp<unsigned>(cpus, 1, WARMPROXY_MAX_LOOPS));
     for (auto &worker : made) {
-      worker = std::make_unique<Worker>(*this);
+      worker = std::make_unique<Worker>(*this, log);
+      // Wakes drain(). It runs after size() has dropped, which is seen then.
+      worker->loop.on_close = [this] {
+        if (draining) { workers.front()->loop.wake(); }
+      };
     }
     return made;
   }
@@ -5261,14 +5264,6 @@ private:
     }
   }
 };
-
-inline Worker::Worker(Shared &s)
-    : shared(s), loop(s.log), pool(loop), idle_clients(loop) {
-  // Wakes drain(). It runs after size() has dropped, so the new count is seen.
-  loop.on_close = [&s] {
-    if (s.draining) { s.workers.front()->loop.wake(); }
-  };
-}
 
 // ---- Exchange: one request with the target ----------------------------------
 
@@ -6005,7 +6000,7 @@ private:
 class Server {
 public:
   // Throws std::system_error. `vercel` may be null.
-  Server(Config config, Vercel *vercel) : shared(std::move(config), vercel) {}
+  Server(const Options &options, Vercel *vercel) : shared(options, vercel) {}
   // Stops, and waits for run() to return.
   ~Server() {
     stop();
@@ -6304,7 +6299,7 @@ bool read_value(std::string_view text,
   return value == time; // no half seconds where seconds are counted
 }
 
-inline bool read_list(std::string_view text, std::vector<std::string> &value) {
+inline bool read_value(std::string_view text, std::vector<std::string> &value) {
   value.clear();
   for_each_element(text, [&](auto element) { value.emplace_back(element); });
   return true;
@@ -6414,7 +6409,7 @@ inline std::vector<Setting> settings(Options &o) {
               o.trust_proxy, a_flag, is_flag),
       setting("cors_origins", "origins that may use it, with commas; *: any",
               o.cors_origins, "a list of origins (https://example.org), or *",
-              all(is_origin), read_list),
+              all(is_origin)),
       setting("cdn_cache", "how long a CDN may keep scripts and styles",
               o.cdn_cache, a_time, within(seconds(0), seconds::max())),
       setting("waiting_page_after", "when browsers see one; 0: never",
@@ -6536,15 +6531,6 @@ inline std::string help_text() {
 
 // ---- Proxy ------------------------------------------------------------------
 
-namespace detail {
-
-inline Config make_config(Options options, bool on_vercel) {
-  auto prefix = normalized_prefix(options.strip_prefix);
-  return {std::move(options), on_vercel, std::move(prefix)};
-}
-
-} // namespace detail
-
 class Proxy::Impl : public detail::Server {
 public:
   using Server::Server;
@@ -6553,8 +6539,7 @@ public:
 inline Proxy::Proxy(Options options) {
   const auto error = detail::validate(options);
   if (!error.empty()) { throw std::invalid_argument("warmproxy: " + error); }
-  impl_ = std::make_unique<Impl>(detail::make_config(std::move(options), false),
-                                 nullptr);
+  impl_ = std::make_unique<Impl>(options, nullptr);
 }
 
 inline Proxy::~Proxy() = default;
@@ -6615,7 +6600,7 @@ inline void open_standard_descriptors() {
 }
 
 // The settings as serve() uses them. Throws std::invalid_argument.
-inline Config serve_config(Options options, bool on_vercel) {
+inline Options serve_options(Options options, bool on_vercel) {
   if (on_vercel) { adapt_to_vercel(options); }
   const auto error = validate(options);
   if (!error.empty()) { throw std::invalid_argument(error); }
@@ -6629,7 +6614,7 @@ inline Config serve_config(Options options, bool on_vercel) {
     throw std::invalid_argument("Options::target_port (WARMPROXY_TARGET_PORT) "
                                 "is the port on which we listen (PORT)");
   }
-  return make_config(std::move(options), on_vercel);
+  return options;
 }
 
 inline void raise_file_limit() {
@@ -6753,7 +6738,7 @@ inline int serve(Options options, int argc, const char *const *argv) {
   try {
     vercel = detail::Vercel::connect(log);
     detail::Server server(
-        detail::serve_config(std::move(options), vercel != nullptr),
+        detail::serve_options(std::move(options), vercel != nullptr),
         vercel.get());
     detail::raise_file_limit(); // the target keeps what we were given
     detail::serve_until_signal(server, signals);
