@@ -6328,9 +6328,21 @@ inline bool is_origin(std::string_view text) {
           host.find_first_of("/*@", 3) == host.npos && is_clean(host));
 }
 
+template <bool (*check)(std::string_view)>
+bool all(const std::vector<std::string> &texts) {
+  return std::all_of(texts.begin(), texts.end(), check);
+}
+
 // A field of an Options object, for as long as that lives. A Proxy checks what
 // a program has set by the same rules as the environment.
 struct Setting {
+  template <typename T, typename Check>
+  Setting(std::string_view f, std::string_view h, T &value, std::string_view w,
+          Check check, bool (*reader)(std::string_view, T &) = read_value)
+      : field(f), help(h), what(w),
+        read([=, &value](auto text) { return reader(text, value); }),
+        is_valid([=, &value] { return check(value); }) {}
+
   std::string_view field;
   std::string_view help; // what it does
   std::string_view what; // a valid value is
@@ -6348,78 +6360,60 @@ struct Setting {
   }
 };
 
-template <typename T, typename Check>
-Setting setting(std::string_view field, std::string_view help, T &value,
-                std::string_view what, Check check,
-                bool (*read)(std::string_view, T &) = read_value) {
-  return {field, help, what,
-          [&value, read](std::string_view text) { return read(text, value); },
-          [&value, check] { return check(value); }};
-}
-
 inline std::vector<Setting> settings(Options &o) {
-  const auto all = [](auto check) {
-    return [check](const std::vector<std::string> &values) {
-      return std::all_of(values.begin(), values.end(), check);
-    };
-  };
   const auto within = [](auto least, auto most) {
     return [=](auto value) { return value >= least && value <= most; };
   };
-  const auto never = milliseconds::max();
-  const auto is_time = within(milliseconds(0), never);
+  const auto is_time = [](auto time) { return time.count() >= 0; };
   const auto is_flag = [](bool) { return true; };
   constexpr auto a_flag = "1 or 0, true or false, yes or no, on or off";
   constexpr auto a_path = "a path that begins with '/', without blanks";
   constexpr auto a_time = "a duration, such as 500ms, 45s, 10m, 2h or 30d";
   return {
-      setting("binary", "the program to run", o.binary,
-              "the name or path of a program", is_text),
-      setting("args", "its arguments, quoted as in a shell", o.args,
-              "a list of arguments with all quotes closed", all(is_text),
-              split_words),
-      setting("target_port", "its port; 0: a free one; auto: its own choice",
-              o.target_port, "a port (0 to 65535) or auto",
-              within(any_port, 65535)),
-      setting("directory", "its working directory", o.directory,
-              "the path of a directory", is_text),
-      setting("scratch", "where to make a writable copy of that", o.scratch,
-              "the path of a directory", is_text),
-      setting("strip_prefix", "path prefix to remove from requests",
-              o.strip_prefix, "a path without blanks", is_clean),
-      setting("prewarm", "1: do not wait for the first request", o.prewarm,
-              a_flag, is_flag),
-      setting("health_path", "path of the readiness probe; empty: connect",
-              o.health_path, a_path, is_path),
-      setting("startup_timeout", "how long a start may take", o.startup_timeout,
-              "a duration above 0, such as 500ms, 45s or 10m",
-              within(milliseconds(1), never)),
-      setting("stop_timeout", "how long draining and stopping may take",
-              o.stop_timeout, a_time, is_time),
-      setting("idle_stop", "stop after so long without requests; 0: never",
-              o.idle_stop, a_time, is_time),
-      setting("background_work", "Vercel: how long work goes on after writes",
-              o.background_work, a_time, is_time),
-      setting("max_connections", "simultaneous client connections",
-              o.max_connections, "a number above 0",
-              within(std::size_t{1}, SIZE_MAX)),
-      setting("keep_alive_timeout", "of idle client connections; 0: never",
-              o.keep_alive_timeout, a_time, is_time),
-      setting("trust_proxy", "1: believe forwarding headers of clients",
-              o.trust_proxy, a_flag, is_flag),
-      setting("cors_origins", "origins that may use it, with commas; *: any",
-              o.cors_origins, "a list of origins (https://example.org), or *",
-              all(is_origin)),
-      setting("cdn_cache", "how long a CDN may keep scripts and styles",
-              o.cdn_cache, a_time, within(seconds(0), seconds::max())),
-      setting("waiting_page_after", "when browsers see one; 0: never",
-              o.waiting_page_after, a_time, is_time),
-      setting("status_path", "path of status and metrics", o.status_path,
-              a_path, is_path),
-      setting("port", "where we listen; 0: a free port", o.port,
-              "a port (0 to 65535)", within(0, 65535)),
-      setting("host", "the address on which we listen", o.host, "an address",
-              is_text)};
+      {"binary", "the program to run", o.binary,
+       "the name or path of a program", is_text},
+      {"args", "its arguments, quoted as in a shell", o.args,
+       "a list of arguments with all quotes closed", all<is_text>, split_words},
+      {"target_port", "its port; 0: a free one; auto: its own choice",
+       o.target_port, "a port (0 to 65535) or auto", within(any_port, 65535)},
+      {"directory", "its working directory", o.directory,
+       "the path of a directory", is_text},
+      {"scratch", "where to make a writable copy of that", o.scratch,
+       "the path of a directory", is_text},
+      {"strip_prefix", "path prefix to remove from requests", o.strip_prefix,
+       "a path without blanks", is_clean},
+      {"prewarm", "1: do not wait for the first request", o.prewarm, a_flag,
+       is_flag},
+      {"health_path", "path of the readiness probe; empty: connect",
+       o.health_path, a_path, is_path},
+      {"startup_timeout", "how long a start may take", o.startup_timeout,
+       "a duration above 0, such as 500ms, 45s or 10m",
+       within(milliseconds(1), milliseconds::max())},
+      {"stop_timeout", "how long draining and stopping may take",
+       o.stop_timeout, a_time, is_time},
+      {"idle_stop", "stop after so long without requests; 0: never",
+       o.idle_stop, a_time, is_time},
+      {"background_work", "Vercel: how long work goes on after writes",
+       o.background_work, a_time, is_time},
+      {"max_connections", "simultaneous client connections", o.max_connections,
+       "a number above 0", within(std::size_t{1}, SIZE_MAX)},
+      {"keep_alive_timeout", "of idle client connections; 0: never",
+       o.keep_alive_timeout, a_time, is_time},
+      {"trust_proxy", "1: believe forwarding headers of clients", o.trust_proxy,
+       a_flag, is_flag},
+      {"cors_origins", "origins that may use it, with commas; *: any",
+       o.cors_origins, "a list of origins (https://example.org), or *",
+       all<is_origin>},
+      {"cdn_cache", "how long a CDN may keep scripts and styles", o.cdn_cache,
+       a_time, is_time},
+      {"waiting_page_after", "when browsers see one; 0: never",
+       o.waiting_page_after, a_time, is_time},
+      {"status_path", "path of status and metrics", o.status_path, a_path,
+       is_path},
+      {"port", "where we listen; 0: a free port", o.port, "a port (0 to 65535)",
+       within(0, 65535)},
+      {"host", "the address on which we listen", o.host, "an address",
+       is_text}};
 }
 
 // Reads the variables for which `lookup` returns a value, not null. The first
