@@ -4635,10 +4635,8 @@ inline bool wants_page(const RequestHead &request) {
 inline Reply error_reply(const RequestHead &request, int status,
                          std::string_view reason,
                          milliseconds retry_after = seconds(1)) {
-  Reply reply{status,
-              {},
-              "text/plain; charset=utf-8",
-              concat("warmproxy: ", reason, "\n")};
+  const auto text = concat("warmproxy: ", reason, "\n");
+  Reply reply{status, {}, "text/plain; charset=utf-8", text};
   if (status == 503 || status == 504) {
     const auto wait =
         std::max(seconds(1), std::chrono::ceil<seconds>(retry_after));
@@ -4792,14 +4790,9 @@ public:
        bool draining)
       : received(client.received.view()),
         keep_alive(request.keep_alive && !draining), client_(client),
-        request_(request), body_(request.framing) {
+        request_(request), config_(config), body_(request.framing) {
     HeadWriter(request, {config, client.address, {}}, request_head_)
         .write_own_request();
-    const auto timeout = config.keep_alive_timeout;
-    if (timeout >= seconds(1) && timeout <= std::chrono::hours(24)) {
-      append_field(keep_alive_line_, "Keep-Alive",
-                   concat("timeout=", decimal(timeout.count() / 1000)));
-    }
   }
 
   // To be called at the end.
@@ -4928,7 +4921,12 @@ private:
       keep_alive &= body_.done() && !is_dechunked() &&
                     response_.mode() != Framing::Mode::until_close;
       write_persistence(request_, keep_alive, out);
-      if (keep_alive) { out += keep_alive_line_; }
+      const auto limit = config_.keep_alive_timeout;
+      if (keep_alive && limit >= seconds(1) &&
+          limit <= std::chrono::hours(24)) {
+        append_field(out, "Keep-Alive",
+                     concat("timeout=", decimal(limit.count() / 1000)));
+      }
     }
     send_all(out += "\r\n");
   }
@@ -4946,6 +4944,7 @@ private:
 
   const Client &client_;
   const RequestHead &request_;
+  const Config &config_;
   std::string request_head_;  // as own routes see it
   std::size_t head_read_ = 0; // of that
   Framing body_;              // of the request
@@ -4953,7 +4952,6 @@ private:
   Framing response_;
   bool responding_ = false; // the final head has been sent
   bool broken_ = false;
-  std::string keep_alive_line_;        // announced to the client if it is kept
   mutable Time gone_at_ = Time::max(); // after the grace for a half-close
 };
 
@@ -5162,15 +5160,14 @@ struct Shared;
 
 // One event loop with what its connections share.
 struct Worker {
-  Worker(Shared &s, const Log &log)
-      : shared(s), loop(log), pool(loop), idle_clients(loop) {}
+  Worker(Shared &s, const Log &log) : shared(s), loop(log) {}
 
   Time after(milliseconds time) const { return later(loop.now(), time); }
 
   Shared &shared;
   Loop loop;
-  UpstreamPool pool;
-  IdleClients idle_clients;
+  UpstreamPool pool{loop};
+  IdleClients idle_clients{loop};
 };
 
 // What all connections of a server share.
@@ -6294,8 +6291,7 @@ bool read_value(std::string_view text,
     return false;
   }
   const milliseconds time(number * unit->second);
-  value = std::chrono::duration_cast<std::remove_reference_t<decltype(value)>>(
-      time);
+  value = std::chrono::duration_cast<std::chrono::duration<Rep, Period>>(time);
   return value == time; // no half seconds where seconds are counted
 }
 
@@ -6350,8 +6346,8 @@ struct Setting {
   std::function<bool()> is_valid;
 
   std::string variable() const {
-    const bool has_prefix =
-        field != "host" && field != "port"; // platforms set PORT
+    // Platforms set PORT.
+    const bool has_prefix = field != "host" && field != "port";
     auto name = concat(has_prefix ? "WARMPROXY_" : "", field);
     for (auto &c : name) {
       if (c >= 'a' && c <= 'z') { c = static_cast<char>(c - 32); }
