@@ -911,16 +911,16 @@ struct Head {
 
 struct RequestHead : Head {
   std::string_view method;
-  std::string_view target;    // request target in origin-form, or "*"
-  std::string_view authority; // of a request target in absolute-form
-  std::string protocols;      // of Upgrade, but for those not passed on
-  bool upgrade = false;       // whether there are any
+  std::string_view request_target; // in origin-form, or "*"
+  std::string_view authority;      // of a request target in absolute-form
+  std::string protocols;           // of Upgrade, but for those not passed on
 
+  bool upgrades() const { return !protocols.empty(); }
   // RFC 9112, section 3.2.2.
   std::string_view host() const {
     return authority.empty() ? value("Host") : authority;
   }
-  std::string_view path() const { return until(target, '?'); }
+  std::string_view path() const { return until(request_target, '?'); }
   bool is_safe() const { // RFC 9110, section 9.2.1
     return method == "GET" || method == "HEAD" || method == "OPTIONS" ||
            method == "TRACE";
@@ -929,14 +929,14 @@ struct RequestHead : Head {
 
 struct ResponseHead : Head {
   int status = 0;
-  std::string_view reason; // with the status: "200 OK"
-  bool switching = false;  // 101
+  std::string_view status_and_reason; // "200 OK"
   // A head was repaired, or announced a body that must not be there: the
   // connection must not be reused. Stays set: a 1xx counts for the final
   // response, which is parsed into the same object.
   bool corrected = false;
   std::vector<std::string> repairs; // of this head, for the log
 
+  bool is_switching() const { return status == 101; }
   void note_repair(std::string repair) {
     corrected = true;
     repairs.push_back(printable(std::move(repair)));
@@ -1091,19 +1091,19 @@ inline Refusal check_host(const RequestHead &head) {
 
 // Turns absolute-form into origin-form (RFC 9112, sections 3.2.1 to 3.2.4).
 inline Refusal parse_request_target(RequestHead &head) {
-  if (starts_with(head.target, "/") ||
-      (head.target == "*" && head.method == "OPTIONS")) {
+  if (starts_with(head.request_target, "/") ||
+      (head.request_target == "*" && head.method == "OPTIONS")) {
     return {};
   }
   Uri uri;
-  if (!split_uri(head.target, uri) || uri.authority.empty() ||
+  if (!split_uri(head.request_target, uri) || uri.authority.empty() ||
       is_malformed_authority(uri.authority)) {
     return {400, "malformed request target"};
   }
   head.authority = uri.authority;
-  head.target = !uri.path.empty()          ? uri.path
-                : head.method == "OPTIONS" ? "*"
-                                           : "/";
+  head.request_target = !uri.path.empty()          ? uri.path
+                        : head.method == "OPTIONS" ? "*"
+                                                   : "/";
   return {};
 }
 
@@ -1113,10 +1113,11 @@ inline Refusal parse_request_line(std::string_view line, RequestHead &head) {
     return {400, "malformed request line"};
   }
   head.method = line.substr(0, first);
-  head.target = line.substr(first + 1, last - first - 1);
+  head.request_target = line.substr(first + 1, last - first - 1);
   const auto version = line.substr(last + 1);
-  if (has_control(head.target) || contains(head.target, ' ') ||
-      contains(head.target, '\t') || contains(head.target, '#')) {
+  if (has_control(head.request_target) || contains(head.request_target, ' ') ||
+      contains(head.request_target, '\t') ||
+      contains(head.request_target, '#')) {
     return {400, "malformed request target"};
   }
   if (version != "HTTP/1.1" && version != "HTTP/1.0") {
@@ -1197,8 +1198,7 @@ inline void parse_upgrade(RequestHead &head) {
         starts_with_ignore_case(protocol, "TLS/")) {
       return;
     }
-    append(head.protocols, head.upgrade ? ", " : "", protocol);
-    head.upgrade = true;
+    append(head.protocols, head.upgrades() ? ", " : "", protocol);
   });
 }
 
@@ -1210,7 +1210,7 @@ inline Refusal parse_request_text(RequestHead &head) {
   if (const auto refusal = parse_request_line(line, head)) { return refusal; }
   if (const auto refusal = parse_fields(rest, true, head)) { return refusal; }
   if (const auto refusal = check_host(head)) { return refusal; }
-  if (starts_with(head.target, "?")) { // "http://host?query"
+  if (starts_with(head.request_target, "?")) { // "http://host?query"
     head.text.insert(head.text.find('?'), "/");
     return parse_request_text(head);
   }
@@ -1359,8 +1359,7 @@ inline Refusal parse_response(std::string text, std::string_view request_method,
     refusal = parse_fields(rest, false, head);
   }
   if (refusal) { return {502, refusal.reason}; }
-  head.reason = line.substr(9);
-  head.switching = head.status == 101;
+  head.status_and_reason = line.substr(9);
   if (head.status >= 200 && head.status != 204) {
     return parse_response_framing(request_method, head);
   }
@@ -1449,8 +1448,9 @@ public:
   HeadWriter(const RequestHead &request, const Forwarding &forwarding,
              std::string &out)
       : request_(request), forwarding_(forwarding), config_(forwarding.config),
-        out_(out), strips_prefix_(!config_.prefix.empty() &&
-                                  is_below(request.target, config_.prefix)),
+        out_(out),
+        strips_prefix_(!config_.prefix.empty() &&
+                       is_below(request.request_target, config_.prefix)),
         client_host_(request.host()), sent_host_(client_host_) {
     out_.reserve(out_.size() + 1000); // enough for most heads
     if (config_.behind_trusted_proxy()) {
@@ -1469,7 +1469,7 @@ public:
 
   // The request that the target gets.
   void write_request() {
-    auto target = request_.target;
+    auto target = request_.request_target;
     if (strips_prefix_) { target.remove_prefix(config_.prefix.size()); }
     append(out_, request_.method,
            starts_with(target, "/") || target == "*" ? " " : " /", target,
@@ -1484,11 +1484,11 @@ public:
     const bool trailers =
         request_.minor == 1 && request_.lists({"TE"}, {"trailers"});
     if (trailers) { write("TE", "trailers"); }
-    if (request_.upgrade) { write("Upgrade", request_.protocols); }
-    if (request_.upgrade || trailers) {
-      write("Connection", !trailers          ? "Upgrade"
-                          : request_.upgrade ? "Upgrade, TE"
-                                             : "TE");
+    if (request_.upgrades()) { write("Upgrade", request_.protocols); }
+    if (request_.upgrades() || trailers) {
+      write("Connection", !trailers             ? "Upgrade"
+                          : request_.upgrades() ? "Upgrade, TE"
+                                                : "TE");
     }
     out_ += "\r\n";
   }
@@ -1497,7 +1497,7 @@ public:
   // request target, version and framing of the client, without hop-by-hop
   // fields.
   void write_own_request() {
-    append(out_, request_.method, " ", request_.target, " HTTP/1.",
+    append(out_, request_.method, " ", request_.request_target, " HTTP/1.",
            decimal(request_.minor), "\r\n");
     if (!sent_host_.empty()) { write("Host", sent_host_); }
     for (const auto &field : request_.fields) {
@@ -1519,12 +1519,12 @@ public:
                       std::string_view server_timing) {
     const bool interim = response.status < 200;
     // A 426 must name the protocols (RFC 9110, section 15.5.22), as a 101 does.
-    upgrade_ = response.switching || response.status == 426;
+    upgrade_ = response.is_switching() || response.status == 426;
     cached_ = is_cacheable(response);
     cors_ = !config_.cors_origins.empty() && !interim;
     // RFC 9112, section 4: the space is required even without a reason.
-    append(out_, "HTTP/1.1 ", response.reason,
-           response.reason.size() == 3 ? " \r\n" : "\r\n");
+    append(out_, "HTTP/1.1 ", response.status_and_reason,
+           response.status_and_reason.size() == 3 ? " \r\n" : "\r\n");
     for (const auto &field : response.fields) {
       write_response_field(field, response);
     }
@@ -1537,7 +1537,7 @@ public:
     if (cors_) { write_cors(request_, config_, out_); }
     if (!interim) { out_ += server_timing; }
     if (upgrade_) {
-      const bool close = !keep_alive && !response.switching;
+      const bool close = !keep_alive && !response.is_switching();
       write("Connection", close ? "close, Upgrade" : "Upgrade");
     } else {
       write_persistence(request_, keep_alive, out_);
@@ -1579,7 +1579,7 @@ private:
     } else if (field.is("Transfer-Encoding")) {
       write(field.name, "chunked");
     } else if (field.is("Destination") && strips_prefix_) {
-      write(field.name, target_destination(field.value));
+      write(field.name, destination_for_target(field.value));
     } else if (!is_replaced(field)) {
       append(out_, field.line, "\r\n");
     }
@@ -1703,7 +1703,7 @@ private:
   }
 
   // WebDAV's Destination (RFC 4918, section 10.3): as the target knows it.
-  std::string target_destination(std::string_view destination) const {
+  std::string destination_for_target(std::string_view destination) const {
     Uri uri;
     if (!split_uri(destination, uri) || !is_below(uri.path, config_.prefix) ||
         (!uri.scheme.empty() && !names_us(uri.authority))) {
@@ -4608,7 +4608,8 @@ inline Reply waiting_page(const RequestHead &request, seconds waited) {
   // address, a browser would take that for a jump within the page. Relative,
   // since a path may begin with "//".
   fill(page, "%url",
-       concat("./", request.target.substr(request.path().rfind('/') + 1)));
+       concat("./",
+              request.request_target.substr(request.path().rfind('/') + 1)));
   // Where a Content-Security-Policy of a proxy forbids the script, Refresh
   // moves the page on.
   return {503, "Retry-After: 2\r\nRefresh: 15\r\n", "text/html; charset=utf-8",
@@ -4692,7 +4693,7 @@ inline Reply status_reply(const RequestHead &request, const Status &status) {
   add("connections", decimal(status.connections), "client_connections",
       "Open client connections.");
   if (contains(request.value("Accept"), "version=0.0.4") ||
-      ends_with(request.target, "format=prometheus")) {
+      ends_with(request.request_target, "format=prometheus")) {
     return {200, {}, "text/plain; version=0.0.4; charset=utf-8", metrics};
   }
   return {200, {}, "application/json", json + "}\n"};
@@ -4910,7 +4911,7 @@ private:
     }
     responding_ = response.status >= 200;
     response_ = response.framing;
-    std::string out = concat("HTTP/1.1 ", response.reason, "\r\n");
+    std::string out = concat("HTTP/1.1 ", response.status_and_reason, "\r\n");
     for (const auto &field : response.fields) {
       const bool left_out = field.is("Transfer-Encoding") && is_dechunked();
       if (!left_out && !response.is_hop_by_hop(field)) {
@@ -5052,12 +5053,13 @@ inline httplib::Request routing_request(const RequestHead &head,
   request.local_addr = local.text();
   request.local_port = local.port();
   request.method = head.method;
-  request.target = head.target;
+  request.target = head.request_target;
   request.path = percent_decode(head.path());
   request.version = head.minor ? "HTTP/1.1" : "HTTP/1.0";
-  if (const auto query = head.target.find('?'); query != head.target.npos) {
+  if (const auto query = head.request_target.find('?');
+      query != head.request_target.npos) {
     httplib::detail::parse_query_text(
-        std::string(head.target.substr(query + 1)), request.params);
+        std::string(head.request_target.substr(query + 1)), request.params);
   }
   std::string text;
   HeadWriter(head, {config, client.address, {}}, text).write_own_request();
@@ -5602,7 +5604,7 @@ private:
       for (const auto &repair : response_.repairs) {
         shared_.log_once(concat("response repaired: ", repair));
       }
-      if (response_.switching && !request_.upgrade) {
+      if (response_.is_switching() && !request_.upgrades()) {
         return bad_response("101 without a request for an upgrade");
       }
       // RFC 9110, section 15.5.9: it was sent to the connection while that was
@@ -5611,7 +5613,7 @@ private:
           !response_.keep_alive) {
         return no_response();
       }
-      if (response_.status >= 200 || response_.switching) {
+      if (response_.status >= 200 || response_.is_switching()) {
         begin_response();
       } else if (request_.minor == 1) { // RFC 9110, section 15.2
         HeadWriter(request_, forwarding(), download_.head)
@@ -5625,7 +5627,7 @@ private:
     responding_ = true;
     check_at_ = Time::max();
     download_.framing = response_.framing;
-    if (response_.switching) {
+    if (response_.is_switching()) {
       upload_.framing = download_.framing = Framing(Framing::Mode::tunnel);
       upload_.frame(); // what the client has already sent
     }
@@ -5642,7 +5644,7 @@ private:
     keep_alive_ = request_.keep_alive && !until_close_ && upload_.finished() &&
                   !shared_.draining && !lost &&
                   (upstream_lasts() || !client_.authenticated);
-    endless_ = response_.switching ||
+    endless_ = response_.is_switching() ||
                starts_with_ignore_case(response_.value("Content-Type"),
                                        "text/event-stream");
     if (endless_) { ++shared_.endless; }
@@ -5658,7 +5660,8 @@ private:
     const auto &framing = download_.framing;
     return response_.keep_alive && !response_.corrected &&
            !framing.corrected() &&
-           framing.mode() != Framing::Mode::until_close && !request_.upgrade &&
+           framing.mode() != Framing::Mode::until_close &&
+           !request_.upgrades() &&
            (request_.method != "HEAD" || upstream_->authenticated);
   }
 

@@ -11,7 +11,7 @@ using namespace warmproxy::detail;
 
 void compare(const RequestHead &head, const reference::Head &expected) {
   REQUIRE(head.method == expected.method, "another method");
-  REQUIRE(head.target == expected.target, "another target");
+  REQUIRE(head.request_target == expected.target, "another target");
   REQUIRE(head.authority == expected.authority, "another authority");
   REQUIRE(head.minor == expected.minor, "another version");
   REQUIRE(head.fields.size() == expected.lines.size(), "another head");
@@ -44,12 +44,12 @@ void compare(const RequestHead &head, const reference::Head &expected) {
   case reference::Body::until_close: REQUIRE(false, "no request has it");
   }
   REQUIRE(head.keep_alive == expected.keep_alive(), "another keep-alive");
-  REQUIRE(head.upgrade == expected.upgrade(), "another upgrade");
+  REQUIRE(head.upgrades() == expected.upgrade(), "another upgrade");
 }
 
 // The head, written out again.
 std::string restated(const RequestHead &head) {
-  std::string target(head.target);
+  std::string target(head.request_target);
   if (!head.authority.empty()) {
     target =
         "http://" + std::string(head.authority) + (target == "*" ? "" : target);

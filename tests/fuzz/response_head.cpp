@@ -15,9 +15,9 @@ bool is_framing(const Field &field) {
 
 void compare(const ResponseHead &head, const reference::Head &expected) {
   REQUIRE(head.status == expected.status, "another status");
-  REQUIRE(head.reason == expected.reason, "another reason");
+  REQUIRE(head.status_and_reason == expected.reason, "another reason");
   REQUIRE(head.minor == expected.minor, "another version");
-  REQUIRE(reference::clean(head.reason), "a reason that is none");
+  REQUIRE(reference::clean(head.status_and_reason), "a reason that is none");
   REQUIRE(head.fields.size() == expected.lines.size(), "another head");
   for (std::size_t i = 0; i < head.fields.size(); ++i) {
     const auto &field = head.fields[i];
@@ -101,8 +101,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data,
           "corrected, but what?");
 
   // Line by line with proper ends, it is the same to a strict reader.
-  std::string again =
-      "HTTP/1." + std::to_string(head.minor) + " " + std::string(head.reason);
+  std::string again = "HTTP/1." + std::to_string(head.minor) + " " +
+                      std::string(head.status_and_reason);
   for (const auto &field : head.fields) {
     again += "\r\n";
     again += is_framing(field) ? concat(field.name, ": ", field.value)
