@@ -2881,6 +2881,7 @@ private:
   // alive; until it has one, the lock on `scratch` keeps them away.
   void make_unfinished() {
     const auto scratch = open_file(scratch_, O_RDONLY | O_DIRECTORY);
+    if (!scratch) { fail_start_at(scratch_, errno); }
     while (::flock(scratch.get(), LOCK_EX | LOCK_NB) != 0) {
       if (!would_block(errno)) { fail_start_at(scratch_, errno); }
       check_();
