@@ -4364,9 +4364,12 @@ public:
     if (path.empty()) { return {}; }
     sockaddr_un address{};
     address.sun_family = AF_UNIX;
-    path.copy(address.sun_path, sizeof(address.sun_path) - 1);
+    const auto room = sizeof(address.sun_path) - 1;
+    path.copy(address.sun_path, room);
     auto socket = new_socket(AF_UNIX, SOCK_NONBLOCK); // its backlog may be full
-    if (::connect(socket.get(), reinterpret_cast<sockaddr *>(&address),
+    errno = ENAMETOOLONG;
+    if (path.size() <= room &&
+        ::connect(socket.get(), reinterpret_cast<sockaddr *>(&address),
                   sizeof(address)) == 0) {
       return std::make_unique<Vercel>(std::move(socket));
     }
