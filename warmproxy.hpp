@@ -145,7 +145,8 @@
 #ifndef WARMPROXY_HEAD_TIMEOUT
 #define WARMPROXY_HEAD_TIMEOUT 30000
 #endif
-// Milliseconds that a client gets to read a response of our own.
+// Milliseconds without progress in which a client has to read a response of our
+// own, or to send a body to an own route.
 #ifndef WARMPROXY_SEND_TIMEOUT
 #define WARMPROXY_SEND_TIMEOUT 75000
 #endif
@@ -331,8 +332,8 @@ public:
   // Throws std::invalid_argument, naming the field, for options that cannot be
   // served; std::system_error if threads or descriptors run out.
   explicit Proxy(Options options);
-  // Stops, waits for listen_after_bind() to return in any thread, and stops the
-  // target.
+  // Stops, waits for listen() or listen_after_bind() to return in any thread,
+  // and stops the target.
   ~Proxy();
   Proxy(const Proxy &) = delete;
   Proxy &operator=(const Proxy &) = delete;
@@ -362,6 +363,8 @@ public:
   // limits for reading and writing, its keep-alive settings and its mount
   // points outside `prefix` have no effect here; register routes, error
   // handlers, its payload limit and new_task_queue as usual, before listening.
+  //
+  // A handler must return: stopping waits for it, without limit.
   //
   // Throws std::invalid_argument for "" and "/" (use a Server of your own
   // instead) and std::logic_error once the Proxy listens.
@@ -921,6 +924,10 @@ struct RequestHead : Head {
     return authority.empty() ? value("Host") : authority;
   }
   std::string_view path() const { return until(request_target, '?'); }
+  std::string_view query() const {
+    const auto from = path().size() + 1;
+    return request_target.substr(std::min(from, request_target.size()));
+  }
   bool is_safe() const { // RFC 9110, section 9.2.1
     return method == "GET" || method == "HEAD" || method == "OPTIONS" ||
            method == "TRACE";
@@ -1493,23 +1500,30 @@ public:
     out_ += "\r\n";
   }
 
-  // The request as own routes and the pre-routing handler see it: with the
-  // request target, version and framing of the client, without hop-by-hop
-  // fields.
-  void write_own_request() {
-    append(out_, request_.method, " ", request_.request_target, " HTTP/1.",
-           decimal(request_.minor), "\r\n");
-    if (!sent_host_.empty()) { write("Host", sent_host_); }
+  // Calls `function` with the name and value of each field as own routes and
+  // the pre-routing handler see it: the client's, without hop-by-hop fields.
+  template <typename F> void for_each_own_field(F function) const {
+    if (!sent_host_.empty()) { function("Host", sent_host_); }
     for (const auto &field : request_.fields) {
       // cpp-httplib before 0.27 adds the connection's addresses as fields of
-      // these names behind the client's, so that a handler would get the
+      // these names after the client's, so that a handler would get the
       // client's.
       if (is_passed_on(field) &&
           !is_one_of(field.name, "Host", "REMOTE_ADDR", "REMOTE_PORT",
                      "LOCAL_ADDR", "LOCAL_PORT")) {
-        append(out_, field.line, "\r\n");
+        function(field.name, field.value);
       }
     }
+  }
+
+  // The request that own routes get: with the client's request target, version
+  // and framing.
+  void write_own_request() {
+    append(out_, request_.method, " ", request_.request_target, " HTTP/1.",
+           decimal(request_.minor), "\r\n");
+    for_each_own_field([this](std::string_view name, std::string_view value) {
+      write(name, value);
+    });
     out_ += "\r\n";
   }
 
@@ -2397,7 +2411,7 @@ private:
 struct Upstream : Socket {
   std::uint64_t generation = 0; // of the target
   // The only client that may use it; null: any; the pool: none (see retire()).
-  const void *client = nullptr;
+  const Task *client = nullptr;
   bool authenticated = false; // NTLM or Negotiate logged its client in
   Time idle_since{};
 
@@ -2433,9 +2447,9 @@ public:
   // What is not `repeatable` must not meet a connection that the target is just
   // closing: only one that has been idle for less than `fresh_time` will do,
   // and only if this target is known to leave idle ones open for that long.
-  std::unique_ptr<Upstream> take(const void *client, std::uint64_t generation,
-                                 bool repeatable, Task &user) {
-    while (auto upstream = remove_idle(client)) {
+  std::unique_ptr<Upstream> take(Task &client, std::uint64_t generation,
+                                 bool repeatable) {
+    while (auto upstream = remove_idle(&client)) {
       if (upstream->generation != generation) {
         close(std::move(upstream));
         continue;
@@ -2453,7 +2467,7 @@ public:
       const bool just_used = idle < milliseconds(20) && !upstream->readable;
       if (!upstream->ended &&
           ((repeatable && just_used) || upstream->is_silent())) {
-        upstream->owner = &user;
+        upstream->owner = &client;
         return upstream;
       }
       if (idle < fresh_time) { note_early_end(); }
@@ -2497,9 +2511,9 @@ public:
   }
 
   // Closes what is private to a client that has gone.
-  void close_private(const void *client) {
-    close_idle_if([client](const Upstream &upstream) {
-      return upstream.client == client;
+  void close_private(const Task &client) {
+    close_idle_if([&client](const Upstream &upstream) {
+      return upstream.client == &client;
     });
     limit();
   }
@@ -2542,8 +2556,8 @@ public:
 
 private:
   // The client's private connection, or else the shared one used last.
-  std::unique_ptr<Upstream> remove_idle(const void *client) {
-    for (const void *wanted : {client, static_cast<const void *>(nullptr)}) {
+  std::unique_ptr<Upstream> remove_idle(const Task *client) {
+    for (const Task *wanted : {client, static_cast<const Task *>(nullptr)}) {
       const auto found =
           std::find_if(idle_.rbegin(), idle_.rend(), [=](const auto &upstream) {
             return upstream->client == wanted;
@@ -3852,6 +3866,9 @@ public:
     return {};
   }
 
+  // To be called for each request that is sent to the target.
+  void count_request() { ++requests_; }
+
   // To be called when a new connection was refused, or closed without a
   // response: then it is checked whether the target is still there.
   void suspect(const Lease &lease) {
@@ -3893,6 +3910,7 @@ public:
                                             "stopping"};
     const Lock lock(mutex_);
     auto status = status_;
+    status.requests = requests_;
     status.state = names[static_cast<int>(state_.load())];
     status.pid = process_.pid();
     status.port = endpoint_.port;
@@ -3917,7 +3935,6 @@ private:
 
   void grant(Lease &lease) {
     ++status_.in_flight;
-    ++status_.requests;
     lease.supervisor_ = this;
     lease.generation_ = status_.starts;
     lease.endpoint_ = endpoint_;
@@ -4331,7 +4348,8 @@ private:
   // start, [1] of the latest one that had to wait, [2] empty, for localhost.
   std::string hosts_[3];
   Endpoint endpoint_;
-  Status status_; // but for its state, pid, port and up_for
+  Status status_; // but for its state, pid, port, up_for and requests
+  std::atomic<std::uint64_t> requests_{0};
   Time last_use_{};
   SteadyClock::time_point began_{}, spawned_{}, up_since_{};
   std::uint64_t failures_ = 0; // of starts
@@ -4380,7 +4398,7 @@ public:
 
   explicit Vercel(Descriptor socket)
       : socket_(std::move(socket)), writer_([this] { write(); }) {}
-  // Sends what is left. A platform that does not read has 2 s to begin with it.
+  // Sends what is left, for at most 2 s.
   ~Vercel() {
     flush(after(seconds(2)));
     writer_.join();
@@ -4485,7 +4503,8 @@ inline void adapt_to_vercel(Options &options) {
     options.prewarm = true;
   }
   if (options.host == "0.0.0.0") { options.host = "127.0.0.1"; }
-  options.keep_alive_timeout = milliseconds(0); // it may pass in a freeze
+  // The platform may use a connection after a freeze of any length.
+  options.keep_alive_timeout = milliseconds(0);
   // The platform kills us 500 ms after SIGTERM: drain and stop within that.
   options.stop_timeout = std::min(options.stop_timeout, milliseconds(200));
   for (const auto name : {"HOME", "TMPDIR"}) { // nothing else is writable
@@ -4506,8 +4525,8 @@ struct Reply {
 
 // ---- Responses: pages
 
-// The page of a visitor who waits, or who cannot be served. It loads nothing
-// from outside. What begins with '%' is filled in.
+// The page that is shown while the target starts, or when it cannot be used. It
+// loads nothing from outside. What begins with '%' is a placeholder.
 inline constexpr std::string_view page_head = R"html(<!doctype html>
 <html lang="%lang">
 <meta charset="utf-8">
@@ -4532,8 +4551,8 @@ small { font-size: .9rem; font-variant-numeric: tabular-nums }
 )html";
 
 // One request is kept open until the target is up: an instance that a platform
-// freezes between requests would not go on starting. Any failure but 503 ends
-// the wait, and window.stop() a reload that the Refresh header has begun.
+// freezes between requests would not go on starting. Any error but 503 ends the
+// wait; window.stop() cancels a reload that Refresh may have begun.
 inline constexpr std::string_view waiting_part =
     R"html(<title>%starting</title>
 <noscript><meta http-equiv="refresh" content="2; url=%url"></noscript>
@@ -4596,7 +4615,7 @@ inline std::string page_with(std::string_view part,
   return page;
 }
 
-// Puts in what may look like a key itself, so this is done last.
+// Fills in untrusted text: last, since it may contain a placeholder.
 inline void fill(std::string &page, std::string_view key, std::string value) {
   replace_all(value, "&", "&amp;");
   replace_all(value, "<", "&lt;");
@@ -4620,7 +4639,7 @@ inline Reply waiting_page(const RequestHead &request, seconds waited) {
           std::move(page)};
 }
 
-// A browser that navigates to a page, and nobody else.
+// Whether this is a browser's navigation.
 inline bool wants_page(const RequestHead &request) {
   if (request.method != "GET") { return false; }
   const auto purpose = request.value("Sec-Fetch-Dest");
@@ -4635,8 +4654,8 @@ inline bool wants_page(const RequestHead &request) {
 
 // ---- Responses: errors, status
 
-// A page for navigations, else a line of text: "warmproxy: <reason>". A 503 or
-// 504 may be gone after `retry_after`, rounded up to seconds.
+// A page for navigations, else a line of text: "warmproxy: <reason>". 503 and
+// 504 get Retry-After: `retry_after` in whole seconds, at least 1.
 inline Reply error_reply(const RequestHead &request, int status,
                          std::string_view reason,
                          milliseconds retry_after = seconds(1)) {
@@ -4697,7 +4716,7 @@ inline Reply status_reply(const RequestHead &request, const Status &status) {
   add("connections", decimal(status.connections), "client_connections",
       "Open client connections.");
   if (contains(request.value("Accept"), "version=0.0.4") ||
-      ends_with(request.request_target, "format=prometheus")) {
+      contains(concat("&", request.query(), "&"), "&format=prometheus&")) {
     return {200, {}, "text/plain; version=0.0.4; charset=utf-8", metrics};
   }
   return {200, {}, "application/json", json + "}\n"};
@@ -4763,7 +4782,7 @@ inline void write_reply(const Reply &reply, const RequestHead &request,
 
 // ---- Client ----------------------------------------------------------------
 
-// The client's side of a connection.
+// What others than Connection itself see of a client's connection.
 struct Client : Task {
   explicit Client(BufferPool &buffers) : received(buffers) {}
 
@@ -4775,11 +4794,12 @@ struct Client : Task {
   // that its own connection must not outlive that one.
   bool authenticated = false;
 
-  // For IdleClients, which takes the entry while the client is idle.
+  // A node for IdleClients' list, which has it while the client is idle, so
+  // that neither move allocates.
   std::list<Client *> not_idle{this};
   const std::list<Client *>::iterator entry = not_idle.begin();
   Time idle_since{};
-  bool asked_to_leave = false;
+  bool is_evicted = false;
 };
 
 // ---- Routes: the seam to cpp-httplib ---------------------------------------
@@ -4792,21 +4812,23 @@ class Loan : public httplib::Stream {
 public:
   // All of them outlive the loan, and the client's socket stays open.
   Loan(const Client &client, const RequestHead &request, const Config &config,
-       bool draining)
+       bool is_last)
       : received(client.received.view()),
-        keep_alive(request.keep_alive && !draining), client_(client),
+        keep_alive(request.keep_alive && !is_last), client_(client),
         request_(request), config_(config), body_(request.framing) {
     HeadWriter(request, {config, client.address, {}}, request_head_)
         .write_own_request();
   }
 
-  // To be called at the end.
-  void end(bool good) {
-    keep_alive &= good && responding_ && response_.done() && !broken_;
+  // `complete`: what process_request() has returned.
+  void finish(bool complete) {
+    keep_alive &= complete && responding_ && response_.done() && !broken_;
+    truncated = responding_ && (!complete || broken_);
   }
 
-  std::string received; // bytes behind the head; in the end, behind the request
-  bool keep_alive;      // whether the connection is good for the next request
+  std::string received;   // bytes after the head; in the end, after the request
+  bool keep_alive;        // whether the connection is good for the next request
+  bool truncated = false; // the response: it must not look complete
 
   // Stream's virtual functions, which differ between versions: hence all of
   // them, and no `override`.
@@ -4967,8 +4989,8 @@ public:
 
   // Its thread pool exists between these two.
   void open() {
-    // Unset, content providers would end at once. It is compared and never
-    // used, so it is no descriptor, which stop() would close.
+    // Content providers end at once when this is INVALID_SOCKET. It is only
+    // compared, and not a real descriptor, since stop() would close that.
     svr_sock_ = INVALID_SOCKET - 1;
     pool_.reset(new_task_queue());
   }
@@ -4977,7 +4999,7 @@ public:
     if (pool_) { pool_->shutdown(); }
     pool_.reset();
   }
-  // Has the streams of content providers end.
+  // Ends the streams of content providers.
   void abort() { svr_sock_ = INVALID_SOCKET; }
 
   // Serves the loan on a thread of the pool, which calls `returned` at the end.
@@ -5021,7 +5043,7 @@ private:
       complete = process_request(stream, remote, remote_port, local, local_port,
                                  true, closed, Setup());
     } catch (...) {} // of a handler, where cpp-httplib does not catch it
-    loan.end(complete);
+    loan.finish(complete);
   }
 
   std::unique_ptr<httplib::TaskQueue> pool_;
@@ -5060,18 +5082,12 @@ inline httplib::Request routing_request(const RequestHead &head,
   request.target = head.request_target;
   request.path = percent_decode(head.path());
   request.version = head.minor ? "HTTP/1.1" : "HTTP/1.0";
-  if (const auto query = head.request_target.find('?');
-      query != head.request_target.npos) {
-    httplib::detail::parse_query_text(
-        std::string(head.request_target.substr(query + 1)), request.params);
-  }
-  std::string text;
-  HeadWriter(head, {config, client.address, {}}, text).write_own_request();
-  RequestHead seen;
-  parse_request(std::move(text), seen);
-  for (const auto &field : seen.fields) {
-    request.headers.emplace(field.name, field.value);
-  }
+  httplib::detail::parse_query_text(std::string(head.query()), request.params);
+  std::string unused;
+  HeadWriter(head, {config, client.address, {}}, unused)
+      .for_each_own_field([&](std::string_view name, std::string_view value) {
+        request.headers.emplace(name, value);
+      });
   return request;
 }
 
@@ -5099,7 +5115,8 @@ call_pre_routing_handler(const httplib::Server::HandlerWithResponse &handler,
   Reply reply{response.status > 0 ? response.status : 200};
   reply.body = std::move(response.body);
   for (const auto &[name, value] : response.headers) {
-    if (!equals_ignore_case(name, "Content-Length")) {
+    if (!is_one_of(name, "Content-Length", "Transfer-Encoding", "Connection",
+                   "Keep-Alive")) {
       append(reply.lines, name, ": ", value, "\r\n");
     }
   }
@@ -5115,11 +5132,10 @@ public:
   explicit IdleClients(Loop &loop) : loop_(loop) {}
 
   void enter(Client &client) {
-    if (client.not_idle.empty() || client.asked_to_leave) { return; }
+    if (client.not_idle.empty() || client.is_evicted) { return; }
     client.idle_since = loop_.now();
     idle_.splice(idle_.end(), client.not_idle);
     publish();
-    resumed();
   }
   void leave(Client &client) {
     if (!client.not_idle.empty()) { return; }
@@ -5127,22 +5143,23 @@ public:
     publish();
   }
 
-  // From any thread: since when the one idle for longest is idle; max(): none
-  // is, or all have to leave already.
+  // From any thread: when the client that is idle for longest became idle;
+  // max() if none is, or all are being evicted.
   Time oldest_idle_since() const {
-    return wanted_ < count_ ? oldest_idle_since_.load() : Time::max();
+    return evictions_due_ < count_ ? oldest_idle_since_.load() : Time::max();
   }
-  void make_room() {
-    ++wanted_;
+  void evict_oldest() {
+    ++evictions_due_;
     loop_.resume(*this);
   }
 
-  // What is wanted beyond those that are idle now is due when they are.
+  // Fewer may be idle than when room was made.
   void resumed() override {
-    for (; wanted_ > 0 && !idle_.empty(); --wanted_) {
+    for (auto due = evictions_due_.exchange(0); due > 0 && !idle_.empty();
+         --due) {
       auto &client = *idle_.front();
       leave(client);
-      client.asked_to_leave = true;
+      client.is_evicted = true;
       loop_.schedule(client, loop_.now());
     }
   }
@@ -5158,7 +5175,7 @@ private:
 
   Loop &loop_;
   std::list<Client *> idle_; // the longest idle one first
-  std::atomic<std::size_t> count_{0}, wanted_{0};
+  std::atomic<std::size_t> count_{0}, evictions_due_{0};
   std::atomic<Time> oldest_idle_since_{Time::max()};
 };
 
@@ -5256,7 +5273,7 @@ private:
   }
 
   // For a target that is to end, and may wait for the end of its connections
-  // first. A loop that does not run has none.
+  // first. Loops that do not run hold none.
   void await_no_idle_upstreams() {
     close_idle_upstreams();
     const auto deadline = SteadyClock::now() + milliseconds(100);
@@ -5437,15 +5454,15 @@ private:
     if (request_.method == "GET" && request_.find("Warmproxy-Wait")) {
       return respond({204, lease_.server_timing()});
     }
+    shared_.supervisor.count_request();
     return open_upstream();
   }
 
   bool open_upstream() {
     show_page_at_ = check_at_ = Time::max();
-    // What has met a stale connection gets a new one.
+    // What was sent on a stale connection goes out on a new one.
     if (sends_left_ == WARMPROXY_MAX_ATTEMPTS) {
-      upstream_ = worker_.pool.take(&client_, lease_.generation(), repeatable_,
-                                    client_);
+      upstream_ = worker_.pool.take(client_, lease_.generation(), repeatable_);
     }
     is_new_ = !upstream_;
     if (is_new_) {
@@ -5453,6 +5470,8 @@ private:
           worker_.pool.open(lease_.endpoint(), lease_.generation(), client_);
       if (!upstream_) { return connect_failed(errno); }
       check_at_ = worker_.after(check_interval_);
+      stalled_at_ = std::min(
+          stalled_at_, worker_.after(milliseconds(WARMPROXY_STALL_TIMEOUT)));
     }
     upload_.sink = upstream_.get();
     HeadWriter(request_, forwarding(), upload_.head).write_request();
@@ -5491,9 +5510,9 @@ private:
   bool check_progress() {
     if (worker_.loop.now() < check_at_) { return true; }
     check_interval_ = std::min<milliseconds>(check_interval_ * 2, seconds(1));
-    const bool stalled = check_interval_.count() > WARMPROXY_STALL_TIMEOUT;
-    // A server of one connection at a time may be blocked on an idle one.
-    if (stalled) { shared_.close_idle_upstreams(); }
+    // A server of one connection at a time may be blocked on an idle one; again
+    // and again, as other requests make connections idle.
+    if (worker_.loop.now() >= stalled_at_) { shared_.close_idle_upstreams(); }
     if (!upload_.moved && !upstream_->writable) {
       worker_.pool.close(std::move(upstream_));
       upload_.head.clear();
@@ -5512,8 +5531,10 @@ private:
     }
     if (download_.can_write()) {
       if (!download_.write()) { return end(Result::abort); }
-      // A client that is gone resets the connection now.
-      if (half_closed_) { gone_at_ = grace_end(); }
+      // A client that is gone resets the connection, one that reads does not.
+      if (half_closed_) {
+        gone_at_ = download_.pending() ? Time::max() : grace_end();
+      }
     }
     if (is_tunnel()) { return advance_tunnel(); }
     return responding_ && download_.finished() ? end(Result::done) : true;
@@ -5599,7 +5620,8 @@ private:
       const auto bytes = received_.view();
       const auto size = head_end(bytes);
       if (!size) {
-        return !received_.full() || bad_response("its head is too large");
+        if (received_.full()) { return bad_response("its head is too large"); }
+        return true;
       }
       const auto refusal = parse_response(std::string(bytes.substr(0, size)),
                                           request_.method, response_);
@@ -5640,13 +5662,14 @@ private:
     until_close_ = download_.dechunk || mode >= Framing::Mode::until_close;
     // A client that was logged in on its upstream connection must notice that
     // this connection is no more.
-    const bool lost = client_.authenticated && upstream_->client != &client_;
+    const bool login_lost =
+        client_.authenticated && upstream_->client != &client_;
     if (authenticates_connection(request_) ||
         authenticates_connection(response_)) {
       client_.authenticated = upstream_->authenticated = true;
     }
     keep_alive_ = request_.keep_alive && !until_close_ && upload_.finished() &&
-                  !shared_.draining && !lost &&
+                  !shared_.draining && !client_.is_evicted && !login_lost &&
                   (upstream_lasts() || !client_.authenticated);
     endless_ = response_.is_switching() ||
                starts_with_ignore_case(response_.value("Content-Type"),
@@ -5674,8 +5697,8 @@ private:
         !received_.empty() || upstream_->ended || shared_.draining) {
       return; // it is closed with the exchange
     }
-    // A body may have been left unread, and who is logged in is the client's
-    // own affair: nobody else gets this connection.
+    // A body may have been left unread, and a login belongs to its client:
+    // nobody else gets this connection.
     if (!request_.framing.done() || upstream_->authenticated) {
       upstream_->client = &client_;
     }
@@ -5711,6 +5734,7 @@ private:
   Time show_page_at_ = Time::max(); // the waiting page, to a browser
   Time check_at_ = Time::max();     // check_progress() of a new connection
   milliseconds check_interval_{20}; // doubles up to 1 s
+  Time stalled_at_ = Time::max();   // when idle connections are closed for it
   bool half_closed_ = false;        // the client sends no more,
   Time gone_at_ = Time::max();      // and then counts as gone
 };
@@ -5762,7 +5786,7 @@ public:
   ~Connection() override {
     worker_.idle_clients.leave(*this);
     request_.reset();
-    worker_.pool.close_private(static_cast<Client *>(this));
+    worker_.pool.close_private(*this);
     worker_.loop.forget(socket);
     if (linger_until_) { --shared_.lingering; }
   }
@@ -5793,7 +5817,7 @@ private:
     if (linger_until_) { return linger(); }
     if (!request_) { return read_request(); }
     if (loan_) { return await_return(); }
-    return request_->exchange ? exchange() : send_response();
+    return request_->exchange ? run_exchange() : send_response();
   }
 
   // ---- Reading a request
@@ -5813,10 +5837,12 @@ private:
     const auto bytes = received.view();
     if (bytes.empty()) {
       if (!over_limit_) { worker_.idle_clients.enter(*this); }
-      if (shared_.draining || asked_to_leave) { deadline_ = Time::min(); }
+      if (shared_.draining || is_evicted) { deadline_ = Time::min(); }
     } else if (searched_ == 0) {
       worker_.idle_clients.leave(*this);
-      deadline_ = worker_.after(milliseconds(WARMPROXY_HEAD_TIMEOUT));
+      if (!over_limit_) {
+        deadline_ = worker_.after(milliseconds(WARMPROXY_HEAD_TIMEOUT));
+      }
     }
     if (const auto size = head_end(bytes, searched_)) {
       return begin_request(size);
@@ -5895,7 +5921,7 @@ private:
   // The socket stays watched: what happens to it meanwhile is not looked at.
   Step lend(RouteServer &server) {
     loan_ = std::make_unique<Loan>(*this, request_->head, shared_.config,
-                                   shared_.draining);
+                                   is_evicted || shared_.draining);
     deadline_ = Time::max();
     if (!server.lend(*loan_, [this] { worker_.loop.resume(*this); })) {
       loan_.reset();
@@ -5908,10 +5934,13 @@ private:
   Step await_return() {
     if (!std::exchange(returned_, false)) { return Next::wait; }
     socket.readable = socket.writable = true; // the next call finds out
-    keep_alive_ = loan_->keep_alive && !shared_.draining;
-    received.append(loan_->received);
-    loan_.reset();
-    return {}; // send_response() has nothing to send and finishes
+    const auto loan = std::move(loan_);
+    received.append(loan->received);
+    if (!loan->truncated) {
+      return finish(loan->keep_alive && !shared_.draining);
+    }
+    reset_on_close(socket.fd.get());
+    return Next::close;
   }
 
   // ---- An exchange with the target
@@ -5922,7 +5951,7 @@ private:
     return {};
   }
 
-  Step exchange() {
+  Step run_exchange() {
     auto &exchange = *request_->exchange;
     const auto result = exchange.run();
     deadline_ = exchange.deadline();
@@ -5946,7 +5975,7 @@ private:
     const auto &head = request_->head;
     auto &exchange = request_->exchange;
     keep_alive_ = head.keep_alive && head.framing.done() && !over_limit_ &&
-                  !shared_.draining;
+                  !is_evicted && !shared_.draining;
     response_.head = exchange ? exchange->unsent() : "";
     write_reply(reply, head, shared_.config, keep_alive_, response_.head);
     exchange.reset();
@@ -5966,18 +5995,18 @@ private:
       return {};
     }
     // Closing a socket with unread bytes resets it, and a reset overtakes the
-    // response: so the client may finish first (RFC 9112, section 9.6).
+    // response: so wait for the client to close first (RFC 9112, section 9.6).
     request_.reset();
     ::shutdown(socket.fd.get(), SHUT_WR);
+    linger_until_ = worker_.after(seconds(over_limit_ ? 2 : 30));
     ++shared_.lingering;
     if (!over_limit_) { worker_.idle_clients.enter(*this); }
-    linger_until_ = worker_.after(seconds(30));
     deadline_ = worker_.after(seconds(2));
     return {};
   }
 
   Step linger() {
-    if (worker_.loop.now() >= *linger_until_ || asked_to_leave) {
+    if (worker_.loop.now() >= *linger_until_ || is_evicted) {
       return Next::close;
     }
     received.clear();
@@ -5992,11 +6021,12 @@ private:
   Time deadline_{};
   std::size_t searched_ = 0; // bytes without the end of a head
   std::optional<Request> request_;
-  std::unique_ptr<Loan> loan_;       // while an own route serves the connection
-  bool returned_ = false;            // the own route has responded
-  Flow response_;                    // of our own
-  bool keep_alive_ = false;          // after it, or the own route's
-  std::optional<Time> linger_until_; // the client has closed, too
+  std::unique_ptr<Loan> loan_; // while an own route serves the connection
+  bool returned_ = false;      // the own route has responded
+  Flow response_;              // of our own
+  bool keep_alive_ = false;    // after it
+  // Set once we have shut down our side: how long to wait for the client's.
+  std::optional<Time> linger_until_;
 };
 
 // ---- Server: accepting, draining, the event loops' threads -----------------
@@ -6042,11 +6072,36 @@ public:
     return local_address(listening_.fd).port();
   }
 
+  // The same with bind(), so that the destructor waits for that, too.
+  bool listen(const std::string &host, int port) {
+    const std::unique_lock<std::mutex> lock(run_mutex_, std::try_to_lock);
+    return lock && bind(host, port) >= 0 && serve();
+  }
   // Serves until stop(), drains, and returns once the target has stopped. False
   // if nothing is bound or can be watched, or if it was called before.
   bool run() {
     const std::unique_lock<std::mutex> lock(run_mutex_, std::try_to_lock);
-    if (!lock || has_run_.exchange(true)) { return false; }
+    return lock && serve();
+  }
+
+  // From any thread.
+  void stop() {
+    shared.draining = true;
+    shared.notify_all();
+  }
+
+  void require_not_listening(const char *function) const {
+    if (has_run_) {
+      throw std::logic_error(concat("warmproxy: Proxy::", function,
+                                    "() must be called before listening"));
+    }
+  }
+
+  Shared shared;
+
+private:
+  bool serve() {
+    if (has_run_.exchange(true)) { return false; }
     if (!listening_.fd || !own_loop().watch(listening_)) { return false; }
     for (auto &[prefix, server] : shared.routes) {
       server.open(); // may throw, so before there are threads to join
@@ -6066,23 +6121,7 @@ public:
     return true;
   }
 
-  // From any thread.
-  void stop() {
-    shared.draining = true;
-    shared.notify_all();
-  }
-
-  void require_not_listening(const char *function) const {
-    if (has_run_) {
-      throw std::logic_error(concat("warmproxy: Proxy::", function,
-                                    "() must be called before listening"));
-    }
-  }
-
-  Shared shared;
-
-private:
-  // run() runs this one itself, and accepts in it.
+  // The loop that serve() runs itself, and in which it accepts.
   Loop &own_loop() { return shared.workers.front()->loop; }
 
   void start_loops() {
@@ -6114,8 +6153,10 @@ private:
       own_loop().turn(listening_.readable ? paused_until_ : Time::max());
       accept_batch(64); // not for so long that clients have to wait
     }
-    // Whoever has connected by now is served, later ones are refused.
+    // Accepts what is in the backlog: those whose request has arrived are
+    // served.
     listening_.readable = true;
+    paused_until_ = {};
     accept_batch(std::numeric_limits<int>::max());
     own_loop().forget(listening_);
     // Also for a child that the embedding program has forked meanwhile.
@@ -6138,7 +6179,7 @@ private:
   bool accept_one(bool full) {
     SocketAddress address;
     Descriptor client(::accept4(listening_.fd.get(), address.get(),
-                                &address.size, SOCK_CLOEXEC));
+                                &address.size, SOCK_CLOEXEC | SOCK_NONBLOCK));
     if (!client) {
       listening_.readable = errno != EAGAIN;
       return would_block(errno) || errno == ECONNABORTED;
@@ -6157,14 +6198,13 @@ private:
     return true;
   }
 
-  // Has the client connection that has been idle for longest closed. False if
-  // none is idle.
+  // Evicts the client that is idle for longest. False if none is.
   bool make_room() {
     auto &clients = least([](const Worker &w) {
                       return w.idle_clients.oldest_idle_since();
                     }).idle_clients;
     if (clients.oldest_idle_since() == Time::max()) { return false; }
-    clients.make_room();
+    clients.evict_oldest();
     return true;
   }
 
@@ -6233,7 +6273,7 @@ private:
 // ---- Settings: the environment and the command line -------------------------
 
 // Splits as a POSIX shell would, without expansions. False if a quote is left
-// open.
+// open, or a backslash ends the text.
 inline bool split_words(std::string_view text,
                         std::vector<std::string> &words) {
   words.clear();
@@ -6340,15 +6380,15 @@ bool all(const std::vector<std::string> &texts) {
 // a program has set by the same rules as the environment.
 struct Setting {
   template <typename T, typename Check>
-  Setting(std::string_view f, std::string_view h, T &value, std::string_view w,
+  Setting(std::string_view f, std::string_view h, T &value, std::string_view e,
           Check check, bool (*reader)(std::string_view, T &) = read_value)
-      : field(f), help(h), what(w),
+      : field(f), help(h), expected(e),
         read([=, &value](auto text) { return reader(text, value); }),
         is_valid([=, &value] { return check(value); }) {}
 
   std::string_view field;
-  std::string_view help; // what it does
-  std::string_view what; // a valid value is
+  std::string_view help;     // what it does
+  std::string_view expected; // completes "X is not ..."
   std::function<bool(std::string_view text)> read;
   std::function<bool()> is_valid;
 
@@ -6432,7 +6472,8 @@ Options read_settings(Options options, Lookup &&lookup) {
     const char *text = lookup(variable.c_str());
     if (text && options.error.empty() &&
         !(setting.read(text) && setting.is_valid())) {
-      options.error = concat(variable, "=\"", text, "\" is not ", setting.what);
+      options.error =
+          concat(variable, "=\"", text, "\" is not ", setting.expected);
     }
   }
   return options;
@@ -6443,7 +6484,7 @@ inline std::string validate(Options options) {
   if (!options.error.empty()) { return options.error; }
   for (const auto &setting : settings(options)) {
     if (!setting.is_valid()) {
-      return concat("Options::", setting.field, " is not ", setting.what);
+      return concat("Options::", setting.field, " is not ", setting.expected);
     }
   }
   if (options.binary.empty()) {
@@ -6542,7 +6583,7 @@ inline Proxy::Proxy(Options options) {
 inline Proxy::~Proxy() = default;
 
 inline bool Proxy::listen(const std::string &host, int port) {
-  return impl_->bind(host, port) >= 0 && impl_->run();
+  return impl_->listen(host, port);
 }
 
 inline int Proxy::bind_to_any_port(const std::string &host) {
@@ -6587,7 +6628,8 @@ inline Options options_from_env(Options defaults) {
 
 namespace detail {
 
-// Otherwise the next descriptor that is opened would be written to as stderr.
+// Opens descriptors 0 to 2 where they are closed: otherwise the next file to be
+// opened would receive what is written to stderr.
 inline void open_standard_descriptors() {
   int fd = 0;
   while (fd >= 0 && fd <= STDERR_FILENO) {
