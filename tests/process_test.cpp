@@ -242,6 +242,51 @@ TEST_CASE("scratch: modes, times and links are kept") {
   }
 }
 
+TEST_CASE("scratch: set-user-ID is kept for the same owner only") {
+  Site site;
+  site.write_program("own", "");
+  chmod((site.app + "/own").c_str(), 04755);
+  CHECK(mode_of(site.copy() + "/own") == 04755);
+  if (!is_root()) { return; }
+  site.write_program("other", "");
+  if (chown((site.app + "/other").c_str(), 12345, 12345)) { fail("chown"); }
+  chmod((site.app + "/other").c_str(), 06755);
+  CHECK(mode_of(site.copy() + "/other") == 0755);
+}
+
+TEST_CASE("scratch: sparse files stay sparse") {
+  Site site;
+  const off_t size = 1 << 30;
+  const std::map<off_t, std::string> data = {{size / 2, "in the middle"},
+                                             {size - 7, "the end"}};
+  const auto from = site.app + "/sparse";
+  int fd = open(from.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+  REQUIRE(ftruncate(fd, size) == 0);
+  for (const auto &[at, text] : data) {
+    REQUIRE(pwrite(fd, text.data(), text.size(), at) > 0);
+  }
+  const auto next = lseek(fd, 0, SEEK_DATA);
+  close(fd);
+  const auto is_sparse = [](const std::string &path) {
+    return status_of(path).st_blocks < (10 << 20) / 512;
+  };
+  if (!is_sparse(from) || next == 0) {
+    MESSAGE("skipped: no sparse files here");
+    return;
+  }
+  const auto copy = site.copy() + "/sparse";
+  CHECK(is_sparse(copy));
+  CHECK(status_of(copy).st_size == size);
+  fd = open(copy.c_str(), O_RDONLY | O_CLOEXEC);
+  for (const auto &[at, text] : data) {
+    std::string around(100 + text.size(), 'x');
+    CHECK(pread(fd, &around[0], around.size(), at - 100) ==
+          static_cast<ssize_t>(around.size()));
+    CHECK(around == std::string(100, '\0') + text);
+  }
+  close(fd);
+}
+
 TEST_CASE("scratch: a read-only release has a writable copy") {
   Site site;
   mkdir((site.app + "/sub").c_str(), 0755);
@@ -289,6 +334,18 @@ TEST_CASE("scratch: each change of a release makes another copy") {
   changes("a name");
   unlink((site.app + "/other").c_str());
   changes("a file less");
+}
+
+TEST_CASE("scratch: two empty directories have different copies") {
+  Site site;
+  site.config.binary = "sh";
+  std::set<std::string> copies;
+  for (const auto name : {"one", "two"}) {
+    site.config.directory = site.directory / name;
+    std::filesystem::create_directory(site.config.directory);
+    copies.insert(site.copy());
+  }
+  CHECK(copies.size() == 2);
 }
 
 TEST_CASE("scratch: a rollback finds the earlier copy") {
