@@ -642,6 +642,8 @@ TEST_CASE("exec errors: each is explained") {
         x + "its interpreter /usr/bin/nonsuch does not exist");
   CHECK(contains(explain("#!/bin/sh\r\nexit\r\n"), "carriage return"));
   CHECK(contains(explain("#!/usr/bin/env node\r\n"), "carriage return"));
+  CHECK(contains(explain("#!/bin/sh -e\r\n"), "carriage return"));
+  CHECK(explain("#!nonsuch\n") == ""); // it depends on the directory
   CHECK(explain_unrunnable(site.app) == site.app + ": not a regular file");
   chmod((site.app + "/x").c_str(), 0644);
   CHECK(contains(explain_unrunnable(site.app + "/x"), "not executable"));
@@ -668,8 +670,23 @@ TEST_CASE("exec errors: what execve(2) refuses") {
     return error;
   };
   CHECK(contains(start("exit 0\n"), "a script without a #! line"));
+  CHECK(contains(start("exit 0\r\n"), "a script without a #! line"));
+  CHECK(contains(start(""), ": it is empty"));
   CHECK(contains(start("MZ\x01"), "another system or processor"));
   CHECK(contains(start("#!/nonsuch\n"), "/nonsuch does not exist"));
+  CHECK(contains(start("#!nonsuch\n"), ": its interpreter nonsuch does not "));
+  CHECK(contains(start("#!/bin/sh -e\r\n"), "carriage return"));
+  CHECK(contains(start("#!" + site.app + "\n"),
+                 ": its interpreter " + site.app + ": not a regular file"));
+  const auto interpreter = site.app + "/y";
+  const auto its = ": its interpreter " + interpreter + ": ";
+  write_file(interpreter, "");
+  CHECK(contains(start("#!" + interpreter + "\n"), its + "not executable"));
+  site.write_program("y", "#!/nonsuch\n");
+  CHECK(contains(start("#!" + interpreter + "\n"),
+                 its + "its interpreter /nonsuch does not exist"));
+  // Itself: this must end.
+  CHECK(contains(start("#!" + site.app + "/x\n"), "symbolic links"));
 
   auto elf = read_file("/proc/self/exe");
   elf.resize(8192);
