@@ -939,6 +939,18 @@ TEST_CASE("stop: the child of a shell that just dies is told, too") {
   }
 }
 
+TEST_CASE("stop: a stopped target hears SIGTERM") {
+  Run run;
+  const auto ready = run.directory / "ready";
+  run.config.args = {"-c", "trap 'exit 5' TERM; echo > " + ready +
+                               "; while :; do sleep 0.01; done"};
+  REQUIRE(run.start() == "");
+  REQUIRE(support::wait_for([&] { return !read_file(ready).empty(); }));
+  kill(run.process.pid(), SIGSTOP);
+  run.stop();
+  CHECK(run.process.exit_text() == "exited with status 5");
+}
+
 TEST_CASE("stop: who does not hear is killed at the deadline") {
   Run run;
   const auto ready = run.directory / "ready";
