@@ -241,11 +241,18 @@ TEST_CASE("drain: the rest of the process group gets SIGTERM, too") {
   options.binary = "/bin/sh";
   options.args = {"-c", "\"$0\" --polite --term-file \"$1\" & wait",
                   built("fake"), signals};
-  options.stop_timeout = Milliseconds(4000);
+  SUBCASE("after a tenth of a short stop_timeout") {
+    options.stop_timeout = Milliseconds(4000);
+  }
+  SUBCASE("soon, however long stop_timeout is") {
+    options.stop_timeout = std::chrono::minutes(10);
+  }
   RunningProxy proxy(options);
   CHECK(get(proxy.port(), "/pid").status == 200);
   const auto group = static_cast<pid_t>(proxy.status().pid);
+  const auto began = Clock::now();
   proxy.stop();
+  CHECK(Clock::now() - began < patience);
   CHECK(read_file(signals) == "SIGTERM\nexit\n");
   CHECK(children_in_group(group).empty());
 }
