@@ -46,8 +46,9 @@ TEST_CASE("embedding: the destructor waits for listen_after_bind()") {
   }
 }
 
-// It inherits the pipe by which the watchdog process notices our end.
-TEST_CASE("embedding: a forked child does not delay the destructor") {
+// It inherits the listening socket, and the pipe by which the watchdog process
+// notices our end.
+TEST_CASE("embedding: a forked child keeps neither the port nor us") {
   auto proxy = std::make_unique<RunningProxy>(fake_target());
   CHECK(get(proxy->port(), "/pid").status == 200);
   const auto child = fork();
@@ -58,6 +59,9 @@ TEST_CASE("embedding: a forked child does not delay the destructor") {
     }
   }
   const auto pid = static_cast<pid_t>(proxy->status().pid);
+  const auto port = proxy->port();
+  proxy->stop();
+  CHECK_THROWS_AS(connect_to("127.0.0.1", port), Error); // refused
   proxy.reset();
   CHECK(children_in_group(pid).empty());
   CHECK(kill(child, 0) == 0);
