@@ -154,6 +154,35 @@ TEST_CASE("limits: 256 descriptors" * doctest::skip(sanitized)) {
   serves(proxy);
 }
 
+TEST_CASE("limits: few descriptors are enough for a burst of first requests" *
+          doctest::skip(sanitized)) {
+  const auto loops = std::clamp<unsigned>(std::thread::hardware_concurrency(),
+                                          1, WARMPROXY_MAX_LOOPS);
+  for (const unsigned more : {0u, 8u}) {
+    const auto limit = 14 + 3 * loops + more; // with two loops, 20 and 28
+    CAPTURE(limit);
+    Within proxy("ulimit -n " + std::to_string(limit) + "; exec \"$@\"",
+                 serve_fake());
+    std::list<RawClient> clients;
+    for (int i = 0; i < 40; ++i) {
+      clients.emplace_back(proxy.port());
+      clients.back().send("GET /slow?ms=100 HTTP/1.1\r\nHost: test\r\n\r\n");
+    }
+    std::size_t good = 0, told = 0;
+    for (auto &client : clients) {
+      const auto status = client.read_response().status;
+      good += status == 200;
+      told += status == 503;
+      client.close();
+    }
+    CHECK(good + told == 40);
+    CHECK(good >= 1);
+    CHECK(wait_for([&] { return get(proxy.port(), "/pid").status == 200; }));
+    proxy.signal(SIGTERM);
+    CHECK(proxy.wait() == 0);
+  }
+}
+
 TEST_CASE("limits: idle upstream connections make room for new ones") {
   Within proxy("ulimit -n 256; exec \"$@\"", serve_fake());
   std::list<RawClient> clients;
