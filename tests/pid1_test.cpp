@@ -66,6 +66,12 @@ TEST_CASE("PID 1: orphans are reaped while the target runs") {
   const auto all = children_of(proxy.pid());
   REQUIRE(all.size() == 1);
   const auto first = all.front();
+  SUBCASE("") {}
+  SUBCASE("though the watchdog process was killed") {
+    const auto watchdog = children_of(first);
+    REQUIRE(watchdog.size() == 1);
+    kill(watchdog.front(), SIGKILL);
+  }
   CHECK(get(proxy.port(), "/pid").status == 200);
   CHECK(wait_for(
       [&] { return lines_of(read_file(directory / "orphans")).size() == 20; }));
@@ -76,6 +82,34 @@ TEST_CASE("PID 1: orphans are reaped while the target runs") {
   CHECK(wait_for([&] { return get(proxy.port(), "/pid").status == 200; }));
   kill(first, SIGTERM);
   CHECK(proxy.wait() == 0);
+}
+
+TEST_CASE("PID 1: the whole group is told, whose ever /proc is mounted") {
+  TemporaryDirectory directory;
+  const auto signals = directory / "signals";
+  std::string alone = "unshare -p -f --kill-child ";
+  // There, the first processes that we start have numbers that nobody has.
+  SUBCASE("of the namespace above") {}
+  SUBCASE("of our own") { alone += "--mount-proc "; }
+  if (!can(alone + "true")) { return; }
+  auto environment = serve_fake();
+  environment["WARMPROXY_BINARY"] = "/bin/sh";
+  environment["WARMPROXY_ARGS"] =
+      "-c '" + built("fake") + " --polite --term-file " + signals + " & wait'";
+  environment["WARMPROXY_STOP_TIMEOUT"] = "10s";
+  environment["MARK"] = "told-" + std::to_string(getpid());
+  Within proxy("exec " + alone +
+                   "sh -c '(echo 31000 >/proc/sys/kernel/ns_last_pid) "
+                   "2>/dev/null; exec \"$@\"' sh \"$@\"",
+               environment);
+  const auto all = children_of(proxy.pid());
+  REQUIRE(all.size() == 1);
+  CHECK(get(proxy.port(), "/pid").status == 200);
+  kill(all.front(), SIGTERM);
+  CHECK(proxy.wait() == 0);
+  CHECK(read_file(signals) == "SIGTERM\nexit\n");
+  CHECK(wait_for(
+      [&] { return processes_with("MARK=" + environment["MARK"]).empty(); }));
 }
 
 TEST_CASE("PID 1: a second signal ends it at once") {
