@@ -177,6 +177,35 @@ TEST_CASE("restart: a request that kills the target is not repeated forever") {
   CHECK(wait_for([&] { return get(proxy.port(), "/pid").status == 200; }));
 }
 
+TEST_CASE("restart: a target that goes to the background gets a hint") {
+  TemporaryDirectory directory;
+  const auto gate = directory / "gate";
+  const std::string until_gate = "while ! test -e \"$0\"; do sleep 0.01; done";
+  warmproxy::Options options;
+  options.binary = "/bin/sh";
+  bool hinted = false;
+  SUBCASE("when it has left its server behind") {
+    options.args = {"-c", "\"$1\" & " + until_gate, gate, built("fake")};
+    hinted = true;
+  }
+  SUBCASE("and none when it has left nothing") {
+    options.args = {"-c", "\"$1\" & " + until_gate + "; kill $!; wait; exit 0",
+                    gate, built("fake")};
+  }
+  options.stop_timeout = Milliseconds(2000);
+  RunningProxy proxy(options);
+  CHECK(get(proxy.port(), "/pid").status == 200);
+  write_file(gate, "");
+  CHECK(proxy.logged("the next request starts it again"));
+  for (const auto &line : proxy.log_lines()) {
+    if (line.find("starts it again") == std::string::npos) { continue; }
+    CAPTURE(line);
+    CHECK(line.find("target exited with status 0 after ") == 0);
+    CHECK(hinted ==
+          (line.find(" (it must stay in the foreground") != std::string::npos));
+  }
+}
+
 TEST_CASE("restart: a good start resets the back-off") {
   TemporaryDirectory directory;
   warmproxy::Options options;
