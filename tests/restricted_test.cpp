@@ -18,6 +18,21 @@ TEST_CASE("restricted: an unprivileged user") {
   serves(proxy);
 }
 
+TEST_CASE("restricted: below a directory that may not be searched") {
+  if (getuid() != 0 || !can(someone + "true")) { return; }
+  ForAnyUser files;
+  TemporaryDirectory closed; // mode 0700
+  const auto here = closed / "here";
+  mkdir(here.c_str(), 0755);
+  auto environment = files.served();
+  environment["WARMPROXY_BINARY"] = "fake";
+  environment["PATH"] = files.path() + ":/usr/sbin:/usr/bin:/sbin:/bin";
+  Within proxy("cd '" + here + "' && exec " + someone + "\"$@\"", environment,
+               files / "warmproxy");
+  CHECK(get(proxy.port(), "/cwd").body == here + "\n");
+  serves(proxy);
+}
+
 TEST_CASE("restricted: no /proc") {
   if (sanitized) { return; } // a sanitizer needs it
   const std::string hide = "mount -t tmpfs none /proc";
