@@ -2,6 +2,10 @@
 
 #include "figures.hpp"
 
+#include <sys/file.h>
+
+#include <filesystem>
+
 using namespace support;
 
 namespace {
@@ -199,6 +203,68 @@ TEST_CASE("start errors: the program cannot be executed") {
   CHECK(has(response.body, reason));
   CHECK(children_of(getpid()).size() == 1); // the watchdog process
   close(writing);
+}
+
+// A release whose program is started from a scratch copy.
+struct Release {
+  Release() {
+    mkdir(app.c_str(), 0755);
+    mkdir(scratch.c_str(), 0700);
+    write_file(app + "/data", "x");
+  }
+  Environment served() const {
+    auto environment = serve_fake();
+    environment["WARMPROXY_DIRECTORY"] = app;
+    environment["WARMPROXY_SCRATCH"] = scratch;
+    return environment;
+  }
+  TemporaryDirectory directory;
+  const std::string app = directory / "app", scratch = directory / "scratch";
+};
+
+TEST_CASE("start errors: somebody's lock on the scratch folder") {
+  Release release;
+  const int lock = open(release.scratch.c_str(), O_RDONLY | O_CLOEXEC);
+  REQUIRE(flock(lock, LOCK_EX) == 0);
+  auto environment = release.served();
+  SUBCASE("ends the start at startup_timeout") {
+    environment["WARMPROXY_STARTUP_TIMEOUT"] = "200ms";
+    ServeProcess proxy(environment);
+    const auto response = get(proxy.port());
+    CHECK(response.status >= 502);
+    CHECK(has(response.body, "see WARMPROXY_STARTUP_TIMEOUT"));
+    flock(lock, LOCK_UN);
+    recovers(proxy.port());
+  }
+  SUBCASE("does not keep SIGTERM away") {
+    environment["WARMPROXY_STATUS_PATH"] = "/-/status";
+    ServeProcess proxy(environment);
+    RawClient client(proxy.port());
+    client.send("GET / HTTP/1.1\r\nHost: test\r\n\r\n");
+    CHECK(wait_for([&] {
+      return has(get(proxy.port(), "/-/status").body, "\"starting\"");
+    }));
+    proxy.signal(SIGTERM);
+    CHECK(client.read_response().status == 503);
+    client.close();
+    CHECK(proxy.wait() == 0);
+  }
+  close(lock);
+}
+
+TEST_CASE(
+    "start errors: a scratch copy beyond the limit on the size of files") {
+  Release release;
+  write_file(release.app + "/large", std::string(1 << 20, 'x'));
+  Within proxy("ulimit -f 512; exec \"$@\"", release.served());
+  const auto response = get(proxy.port());
+  CHECK(response.status == 502);
+  CHECK(has(response.body, "File too large"));
+  CHECK(proxy.printed("/large: File too large")); // with its path
+  CHECK(proxy.running());
+  CHECK(std::filesystem::is_empty(release.scratch));
+  unlink((release.app + "/large").c_str());
+  recovers(proxy.port());
 }
 
 TEST_CASE("start errors: a fixed port is taken") {
