@@ -932,6 +932,28 @@ TEST_CASE("vercel: runs without the platform") {
     process.signal(SIGTERM);
     CHECK(process.wait() == 0);
   }
+  SUBCASE("there, with a full backlog") {
+    TemporaryDirectory directory;
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    (directory / "ipc.sock").copy(address.sun_path, sizeof(address.sun_path));
+    const auto *place = reinterpret_cast<const sockaddr *>(&address);
+    std::list<Socket> sockets;
+    const auto add = [&] {
+      const int type = SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC;
+      return sockets.emplace_back(socket(AF_UNIX, type, 0)).fd();
+    };
+    const int listener = add();
+    REQUIRE(bind(listener, place, sizeof(address)) == 0);
+    REQUIRE(listen(listener, 0) == 0);
+    while (connect(add(), place, sizeof(address)) == 0) {}
+    ServeProcess process(
+        with(serve_fake(), "VERCEL_IPC_PATH", directory / "ipc.sock"));
+    CHECK(process.printed("cannot connect to Vercel"));
+    CHECK(get(process.port()).status == 200);
+    process.signal(SIGTERM);
+    CHECK(process.wait() == 0);
+  }
   SUBCASE("gone while we serve") {
     Function function;
     CHECK(function.request("before").status == 200);
