@@ -316,6 +316,30 @@ TEST_CASE("serve: a full stderr holds up nothing") {
   close(fd);
 }
 
+TEST_CASE("serve: a stderr that nobody reads ends nothing") {
+  TemporaryDirectory directory;
+  const auto fifo = directory / "fifo";
+  REQUIRE(mkfifo(fifo.c_str(), 0600) == 0);
+  auto environment = serve_fake();
+  environment["WARMPROXY_TYPO"] = "1"; // the first line of the log
+  // Descriptor 3 is the only reader, until it is closed.
+  Within proxy("exec \"$@\" 3<>'" + fifo + "' 2>'" + fifo + "' 3<&-",
+               environment);
+  CHECK(get(proxy.port(), "/pid").status == 200);
+  proxy.signal(SIGTERM);
+  CHECK(proxy.wait() == 0);
+}
+
+TEST_CASE("serve: an empty HOST and * are all IPv4 addresses") {
+  for (const std::string host : {"", "*", "0.0.0.0"}) {
+    CAPTURE(host);
+    auto environment = serve_fake();
+    environment["HOST"] = host;
+    ServeProcess serve(environment);
+    CHECK(RawClient(serve.port(), "127.0.0.2").get("/pid").status == 200);
+  }
+}
+
 TEST_CASE("serve: nothing is started before there is a request") {
   TemporaryDirectory directory;
   ServeProcess serve(serve_fake({"--count-file", directory / "starts"}));
