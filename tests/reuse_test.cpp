@@ -8,6 +8,24 @@
 
 using namespace support;
 
+namespace {
+
+// Blocks each thread that arrives until `count` have arrived.
+class Meeting {
+public:
+  explicit Meeting(int count) : missing_(count) {}
+  void arrive() {
+    if (--missing_ == 0) { all_.open(); }
+    all_.wait();
+  }
+
+private:
+  std::atomic<int> missing_;
+  Gate all_;
+};
+
+} // namespace
+
 TEST_CASE("reuse: an idle upstream connection serves the next request") {
   Stage stage(telling());
   for (int i = 0; i < 10; ++i) {
@@ -110,18 +128,29 @@ TEST_CASE("reuse: no client gets another client's response") {
 }
 
 TEST_CASE("reuse: a target that serves one connection at a time") {
+  int at_once = 1; // clients
+  SUBCASE("clients one after the other") {}
+  SUBCASE("two clients at once") { at_once = 2; }
+  SUBCASE("four clients at once") { at_once = 4; }
   std::mutex busy;
   Stage stage([&](TargetConnection &c) {
     const std::lock_guard<std::mutex> lock(busy);
-    answering(ok())(c);
+    for (auto head = c.read_head(); !head.empty(); head = c.read_head()) {
+      if (at_once > 1) { poll(nullptr, 0, 300); } // the others have to wait
+      c.send(ok());
+    }
   });
   // Idle connections must not block it for as long as their idle timeout.
   const Milliseconds less_than_that(10000);
   std::list<RawClient> clients;
-  for (int i = 0; i < 5; ++i) {
-    clients.emplace_back(stage.port());
-    clients.back().send(plain);
-    CHECK(clients.back().read_response(false, less_than_that).status == 200);
+  for (int i = 0; i < 4; i += at_once) {
+    for (int n = 0; n < at_once; ++n) {
+      clients.emplace_back(stage.port());
+      clients.back().send(plain);
+    }
+    for (auto c = std::prev(clients.end(), at_once); c != clients.end(); ++c) {
+      CHECK(c->read_response(false, less_than_that).status == 200);
+    }
   }
 }
 
@@ -296,12 +325,19 @@ TEST_CASE(
 namespace {
 
 // Logs in the connection, as NTLM does: whoever sends a request on it is alice.
+// "/public" is for everybody, once all are there.
 ScriptedTarget::Handler logging_in(const std::string &scheme,
-                                   bool closes = false) {
+                                   bool closes = false,
+                                   Meeting *visitors = nullptr) {
   return [=](TargetConnection &c) {
     bool alice = false;
     for (auto head = c.read_head(); !head.empty(); head = c.read_head()) {
       c.read_body(head);
+      if (head.find("GET /public ") == 0) {
+        visitors->arrive();
+        c.send(ok("public"));
+        continue;
+      }
       if (!header_of(head, "Authorization").empty()) { alice = true; }
       const bool is_head = head.find("HEAD ") == 0;
       const std::string last = closes && alice ? "Connection: close\r\n" : "";
@@ -339,6 +375,28 @@ TEST_CASE("reuse: a connection that NTLM or Negotiate logged in is private") {
   }
 }
 
+// Visitors leave more upstream connections behind than are kept, and the oldest
+// ones are closed.
+TEST_CASE("reuse: a logged-in connection is not closed as a spare one") {
+  constexpr int count = 40;
+  Meeting meeting(count);
+  Stage stage(logging_in("NTLM", false, &meeting));
+  RawClient client(stage.port());
+  CHECK(client.get("/", "Authorization: NTLM TlRMTVNTUAAB\r\n").body ==
+        "alice");
+  std::list<RawClient> visitors;
+  for (int i = 0; i < count; ++i) {
+    visitors.emplace_back(stage.port());
+    visitors.back().send("GET /public HTTP/1.1\r\nHost: test\r\n\r\n");
+  }
+  for (auto &visitor : visitors) {
+    CHECK(visitor.read_response().body == "public");
+  }
+  visitors.clear();
+  CHECK(wait_for([&] { return stage.target.open() < count / 2; }));
+  CHECK(client.get().body == "alice");
+}
+
 TEST_CASE("reuse: when a logged-in connection ends, the client's ends, too") {
   Stage stage(logging_in("NTLM", true));
   RawClient client(stage.port());
@@ -350,20 +408,56 @@ TEST_CASE("reuse: when a logged-in connection ends, the client's ends, too") {
 
 // ---- requests that must not be sent twice ----------------------------------
 
-TEST_CASE(
-    "reuse: a target that closes 3 ms after each response loses no POST") {
-  Stage stage([](TargetConnection &c) {
-    const auto head = c.read_head();
-    if (head.empty()) { return; }
-    c.read_body(head);
-    c.send(ok());
-    poll(nullptr, 0, 3); // what is tested: an unannounced close
-  });
+namespace {
+
+// Closes a connection unannounced 3 ms after its response to a POST, and leaves
+// it open after a GET. Responds to no GET before `gets` of them have arrived.
+ScriptedTarget::Handler closing_after_post(int gets = 1) {
+  const auto meeting = std::make_shared<Meeting>(gets);
+  return [meeting](TargetConnection &c) {
+    for (auto head = c.read_head(); !head.empty(); head = c.read_head()) {
+      c.read_body(head);
+      const bool is_post = head.find("POST ") == 0;
+      if (!is_post) { meeting->arrive(); }
+      c.send(ok());
+      if (!is_post) { continue; }
+      poll(nullptr, 0, 3);
+      return;
+    }
+  };
+}
+
+} // namespace
+
+TEST_CASE("reuse: a target that closes 3 ms after each POST loses none") {
+  Stage stage(closing_after_post());
   RawClient client(stage.port());
   for (int i = 0; i < 100; ++i) {
     const auto response = client.post("/", i % 2 ? "x" : "");
     CHECK(response.status == 200);
     if (i % 3 == 0) { poll(nullptr, 0, i % 7); }
+  }
+}
+
+// Idle connections show that the target keeps them open. That does not count
+// any more once it has closed another one early.
+TEST_CASE("reuse: no POST is lost after an early close, whatever stays idle") {
+  constexpr int count = 8;
+  Stage stage(closing_after_post(count));
+  std::list<RawClient> clients;
+  for (int i = 0; i < count; ++i) {
+    clients.emplace_back(stage.port());
+    clients.back().send(plain);
+  }
+  for (auto &client : clients) {
+    CHECK(client.read_response().status == 200);
+  }
+  RawClient client(stage.port());
+  CHECK(client.post("/", "").status == 200);
+  // The close is seen, and what stays idle is so for more than a second.
+  wait_for([] { return false; }, Milliseconds(1300));
+  for (int i = 0; i < 20; ++i) {
+    CHECK(client.post("/", "x").status == 200);
   }
 }
 
