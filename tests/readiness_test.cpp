@@ -114,6 +114,43 @@ TEST_CASE("readiness: 503 until the end of the startup timeout") {
     CHECK(proxy.status().starts == 1);
     CHECK(proxy.logged("target used as it is: GET / answered 503"));
   }
+  SUBCASE("is used as it is if it takes longer than a second") {
+    options.args = {"--root-status", "503", "--root-delay", "1200"};
+    options.startup_timeout = Milliseconds(3000);
+    RunningProxy proxy(options);
+    CHECK(is_served(proxy, get(proxy.port(), "/pid")));
+  }
+  SUBCASE("is used as it is if other Hosts get no answer") {
+    options.args = {"--root-status", "503", "--only-host", "good.example"};
+    // Which Host the last probe names depends on the time.
+    for (const int ms : {300, 350, 400}) {
+      options.startup_timeout = Milliseconds(ms);
+      RunningProxy proxy(options);
+      RawClient good(proxy.port()), bad(proxy.port());
+      good.send(get_as("good.example"));
+      bad.send(get_as("bad.example"));
+      CHECK(is_served(proxy, good.read_response()));
+      CHECK(bad.read_response().status == 502);
+    }
+  }
+  SUBCASE("is a failed start if connections are refused meanwhile") {
+    options.args = {"--root-status", "503"};
+    options.startup_timeout = Milliseconds(1500);
+    options.prewarm = true;
+    RunningProxy proxy(options);
+    CHECK(wait_for([&] {
+      const auto port = proxy.status().port;
+      return port > 0 && listening(port);
+    }));
+    // Besides this connection, two: the second probe follows the first 503.
+    RawClient direct(proxy.status().port);
+    CHECK(wait_for(
+        [&] { return std::stoi(direct.get("/connections").body) > 2; }));
+    CHECK(direct.get("/stop-listening").status == 200);
+    const auto response = get(proxy.port(), "/pid");
+    CHECK(response.status == 504);
+    CHECK(has(response.body, "last probe: connection refused"));
+  }
   SUBCASE("is a failed start with any other one") {
     options.args = {"--ready-after", "600000"};
     options.health_path = "/pid";
@@ -525,6 +562,10 @@ TEST_CASE("readiness: any_port uses the program's single port" *
   SUBCASE("late, and not ready at once") {
     options.args = {"--port",        "0",   "--listen-after", "1200",
                     "--ready-after", "1200"};
+  }
+  SUBCASE("within the last second of the startup timeout") {
+    options.args = {"--port", "0", "--listen-after", "200"};
+    options.startup_timeout = Milliseconds(1100);
   }
   SUBCASE("of its child") { options.args.push_back("--launcher"); }
   SUBCASE("of a shell's child") {
