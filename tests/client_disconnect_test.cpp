@@ -69,9 +69,30 @@ TEST_CASE("client disconnect: a target that is sending learns of it") {
   });
   RawClient client(stage.port());
   client.send(plain);
+  SUBCASE("of a close") {}
+  SUBCASE("of a close after a half-close") { client.shutdown_write(); }
   client.read_exact(1 << 20);
   client.close();
   gone.wait();
+  CHECK(wait_for([&] { return stage.proxy.status().in_flight == 0; }));
+}
+
+// A sanitized client is so slow that it counts as gone.
+TEST_CASE("client disconnect: a half-close does not truncate a response" *
+          doctest::skip(sanitized)) {
+  const std::uint64_t size = 64 << 20; // more than all socket buffers hold
+  Stage stage([&](TargetConnection &c) {
+    if (c.read_head().empty()) { return; }
+    c.send("HTTP/1.1 200 OK\r\nContent-Length: " + std::to_string(size) +
+           "\r\n\r\n");
+    c.send_generated(size);
+  });
+  RawClient client(stage.port());
+  client.send(plain);
+  client.shutdown_write();
+  CHECK(client.read_response_head().status == 200);
+  CHECK(client.verify_generated(size) == size);
+  client.close();
   CHECK(wait_for([&] { return stage.proxy.status().in_flight == 0; }));
 }
 
