@@ -328,3 +328,46 @@ TEST_CASE("limits: a connection with a request in progress makes no room") {
   write_file(gate, "");
   stream.read_until("0\r\n\r\n");
 }
+
+TEST_CASE("limits: many new connections at once replace idle ones") {
+  auto environment = serve_fake();
+  environment["WARMPROXY_MAX_CONNECTIONS"] = "4";
+  ServeProcess proxy(environment);
+  std::list<RawClient> clients;
+  for (int i = 0; i < 4; ++i) {
+    clients.emplace_back(proxy.port());
+    CHECK(clients.back().get("/pid").status == 200);
+  }
+  // All that connect meanwhile are accepted in one batch.
+  proxy.signal(SIGSTOP);
+  for (int i = 0; i < 16; ++i) {
+    clients.emplace_back(proxy.port());
+    clients.back().send(get_pid);
+  }
+  proxy.signal(SIGCONT);
+  int served = 0;
+  for (auto client = std::next(clients.begin(), 4); client != clients.end();
+       ++client) {
+    const auto status = client->read_response().status;
+    CHECK((status == 200 || status == 503));
+    served += status == 200;
+  }
+  CHECK(served >= 1);
+  CHECK(wait_for([&] {
+    return std::count_if(clients.begin(), clients.end(),
+                         [](RawClient &c) { return !c.readable(); }) <= 4;
+  }));
+}
+
+TEST_CASE("limits: a connection that only awaits its close makes room") {
+  auto options = fake_target();
+  options.max_connections = 1;
+  RunningProxy proxy(options);
+  RawClient client(proxy.port());
+  CHECK(client.get("/pid", "Connection: close\r\n").status == 200);
+  CHECK(client.at_end());
+  CHECK(wait_for([&] {
+    client.send("x"); // keeps it from being closed as an inactive one
+    return get(proxy.port(), "/pid").status == 200;
+  }));
+}
