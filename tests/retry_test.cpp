@@ -57,6 +57,42 @@ TEST_CASE("retry: an unsafe request is never sent twice") {
   }
 }
 
+// The target has sent it to the idle connection (RFC 9110, section 15.5.9).
+TEST_CASE("retry: a 408 on a reused connection is no response") {
+  const std::string timeout =
+      "HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n";
+  const auto after_one = [](const std::string &response) {
+    return [=](TargetConnection &c) {
+      if (c.read_head().empty() || !c.send(ok()) || c.read_head().empty()) {
+        return;
+      }
+      c.send(response);
+    };
+  };
+  SUBCASE("with or without a body") {
+    for (const std::string rest : {"\r\n", "Content-Length: 4\r\n\r\nlate"}) {
+      CAPTURE(rest);
+      Stage stage(after_one(timeout + rest));
+      RawClient client(stage.port());
+      for (int i = 0; i < 3; ++i) {
+        CHECK(client.get().body == "ok");
+      }
+      CHECK(stage.target.requests().size() == 5);
+    }
+  }
+  SUBCASE("but one that leaves it open is") {
+    Stage stage(after_one("HTTP/1.1 408 No\r\nContent-Length: 0\r\n\r\n"));
+    RawClient client(stage.port());
+    CHECK(client.get().status == 200);
+    CHECK(client.get().status == 408);
+  }
+  SUBCASE("and so is one on a new connection") {
+    Stage stage(answering(timeout + "Content-Length: 0\r\n\r\n"));
+    CHECK(get(stage.port()).status == 408);
+    CHECK(stage.target.requests().size() == 1);
+  }
+}
+
 TEST_CASE(
     "retry: an unsafe request avoids connections idle for over a second") {
   Stage stage(telling());
