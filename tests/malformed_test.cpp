@@ -270,6 +270,9 @@ TEST_CASE("response head: a malformed one becomes 502") {
   cases.emplace_back("chunks in HTTP/1.0",
                      "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
                      "0\r\n\r\n");
+  cases.emplace_back("a malformed chunk directly behind it",
+                     "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+                     "x\r\n");
   Stage stage(dictated());
   for (const auto &c : cases) {
     CAPTURE(c.first);

@@ -150,8 +150,10 @@ TEST_CASE(
   for (const auto &bytes :
        {"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"s, // a TLS ClientHello
         "\x16\x03\x03\x00\x7a\x01"s, "\0\0\0\0"s, "\x80\x2e\x01"s, "GET /\n"s,
-        "{\"a\": 1}\r\n"s, "GET\t/"s, "GET  / x "s,
-        "SSH-2.0-OpenSSH_9.2\r\n"s}) {
+        "{\"a\": 1}\r\n"s, "GET\t/"s, "GET  / x "s, "SSH-2.0-OpenSSH_9.2\r\n"s,
+        "GET foo HTTP/1.1\r\n"s, "OPTIONS * RTSP/1.0\r\n"s,
+        "GET / HTTP/1.1\r\nHost : a\r\n"s,
+        "GET / HTTP/1.1\r\nHost: a\r\nX: \x01\r\n"s}) {
     CAPTURE(bytes);
     RawClient client(stage.port());
     client.send(bytes);
