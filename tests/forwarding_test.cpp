@@ -139,6 +139,7 @@ TEST_CASE("forwarding: a client cannot spoof its address, scheme or host") {
 
 TEST_CASE("forwarding: headers of proxies are not taken from clients") {
   const std::string lines = "Forwarded: for=10.0.0.1;proto=https\r\n"
+                            "X-Forwarded: for=10.0.0.1\r\n"
                             "X-Real-IP: 10.0.0.1\r\n"
                             "x-forwarded-port: 443\r\n"
                             "X-Forwarded-Prefix: /evil\r\n"
