@@ -76,6 +76,24 @@ TEST_CASE("drain: requests that were not accepted yet are served") {
   CHECK(proxy.nothing_left());
 }
 
+TEST_CASE("drain: a request head that stays incomplete has a second") {
+  Marked proxy({}, {{"WARMPROXY_STOP_TIMEOUT", "10m"}});
+  RawClient idle(proxy.port()), slow(proxy.port()), late(proxy.port());
+  CHECK(idle.get("/pid").status == 200);
+  for (auto *client : {&slow, &late}) {
+    client->send("GET /pid HTTP/1.1\r\n");
+  }
+  proxy.signal(SIGTERM);
+  CHECK(idle.at_end());
+  late.send("Host: test\r\n\r\n");
+  CHECK(late.read_response().status == 200);
+  CHECK(slow.read_response().status == 408);
+  for (auto *client : {&slow, &late}) {
+    client->close();
+  }
+  CHECK(proxy.wait() == 0);
+}
+
 TEST_CASE("drain: stop_timeout ends everything") {
   TemporaryDirectory directory;
   auto all = activities(directory);
