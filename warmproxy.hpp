@@ -2982,12 +2982,10 @@ private:
                              std::min(room, bytes.size()), at);
       if (n < 0) { fail_start_at(from, errno); }
       if (n == 0) { break; }
-      errno = ENOSPC; // what a partial write means
-      if (::pwrite(writing.get(), bytes.data(), static_cast<std::size_t>(n),
-                   at) != n) {
-        fail_start_at(to, errno);
-      }
-      at += n;
+      const auto written = ::pwrite(writing.get(), bytes.data(),
+                                    static_cast<std::size_t>(n), at);
+      if (written <= 0) { fail_start_at(to, errno); }
+      at += written; // after a partial one, the next one fails with the reason
     }
     const auto size = ::lseek(reading.get(), 0, SEEK_END);
     if (::ftruncate(writing.get(), size) != 0 ||

@@ -229,13 +229,17 @@ TEST_CASE("status: JSON") {
 
 TEST_CASE("status: metrics for Prometheus") {
   warmproxy::Status status;
+  CHECK(
+      status_reply(Asked("", "GET /s?xformat=prometheus HTTP/1.1").head, status)
+          .type == "application/json");
   status.state = "up";
   status.starts = 3;
   for (const auto &asked :
        {Asked("Accept: application/openmetrics-text;q=0.5,"
               "text/plain;version=0.0.4;q=0.3\r\n")
             .head.text,
-        Asked("", "GET /s?format=prometheus HTTP/1.1").head.text}) {
+        Asked("", "GET /s?format=prometheus HTTP/1.1").head.text,
+        Asked("", "GET /s?a&format=prometheus&b HTTP/1.1").head.text}) {
     RequestHead head;
     REQUIRE(!parse_request(asked, head));
     const auto reply = status_reply(head, status);

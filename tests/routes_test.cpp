@@ -204,6 +204,25 @@ TEST_CASE("own routes: keep-alive is ours") {
   }
 }
 
+// Only the end of the connection ends these, so a plain end would look
+// complete.
+TEST_CASE("own routes: a response that fails in its middle is reset") {
+  Embedded proxy(cold_target(), [](warmproxy::Proxy &p) {
+    p.routes("/own").Get(
+        "/own/fails", [](const Request &, httplib::Response &res) {
+          res.set_chunked_content_provider(
+              "text/plain", [](std::size_t offset, httplib::DataSink &sink) {
+                return offset < 3 && sink.write("abc", 3);
+              });
+        });
+  });
+  RawClient old(proxy.port());
+  old.send("GET /own/fails HTTP/1.0\r\n\r\n");
+  CHECK(old.read_until("abc") != "");
+  CHECK(old.at_end());
+  CHECK(old.was_reset());
+}
+
 // Whatever the handler or cpp-httplib leaves of a request must not be read as
 // the next one.
 TEST_CASE("own routes: the rest of a request is no request") {
@@ -404,6 +423,42 @@ TEST_CASE("pre-routing: handled requests do not start the target") {
   CHECK(proxy.status().state == "cold");
   CHECK(client.get("/pid", "Authorization: Basic eA==\r\n").status == 200);
   CHECK(proxy.status().state == "up");
+}
+
+// A handler that looks at credentials must see what the target would.
+TEST_CASE("pre-routing: sees the headers whatever the Host") {
+  Embedded proxy(cold_target(), [](warmproxy::Proxy &p) {
+    p.set_pre_routing_handler([](const Request &req, httplib::Response &res) {
+      res.set_content(req.get_header_value("Authorization"), "text/plain");
+      return HandlerResponse::Handled;
+    });
+  });
+  for (const std::string head :
+       {"GET / HTTP/1.1\r\nHost: test\r\n", "GET / HTTP/1.1\r\nHost:\r\n",
+        "GET / HTTP/1.0\r\n", "GET http://test/ HTTP/1.0\r\n"}) {
+    CAPTURE(head);
+    RawClient client(proxy.port());
+    CHECK(client.exchange(head + "Authorization: A\r\n\r\n").body == "A");
+  }
+}
+
+TEST_CASE("pre-routing: the framing of the response is ours") {
+  Embedded proxy(cold_target(), [](warmproxy::Proxy &p) {
+    p.set_pre_routing_handler([](const Request &, httplib::Response &res) {
+      res.set_content("handled", "text/plain");
+      res.set_header("Transfer-Encoding", "chunked");
+      res.set_header("Connection", "close");
+      res.set_header("Keep-Alive", "timeout=1");
+      return HandlerResponse::Handled;
+    });
+  });
+  RawClient client(proxy.port());
+  for (int i = 0; i < 2; ++i) {
+    const auto response = client.get("/");
+    CHECK(response.body == "handled");
+    CHECK(response.header("Transfer-Encoding") == "");
+    CHECK(response.header("Keep-Alive") == "");
+  }
 }
 
 TEST_CASE("pre-routing: an exception and a content provider are a 500") {
