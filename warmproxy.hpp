@@ -5427,9 +5427,6 @@ private:
   Forwarding forwarding() const {
     return {shared_.config, client_.address, lease_.endpoint()};
   }
-  Time grace_end() const {
-    return worker_.after(milliseconds(WARMPROXY_HALF_CLOSE_GRACE));
-  }
   bool is_tunnel() const {
     return download_.framing.mode() == Framing::Mode::tunnel;
   }
@@ -5529,9 +5526,11 @@ private:
     }
     if (download_.can_write()) {
       if (!download_.write()) { return end(Result::abort); }
-      // A client that is gone resets the connection, one that reads does not.
+      // A client that is gone resets the connection now: one that does not may
+      // read slowly, or wait for more.
       if (half_closed_) {
-        gone_at_ = download_.pending() ? Time::max() : grace_end();
+        gone_at_ =
+            download_.pending() ? Time::max() : worker_.after(seconds(5));
       }
     }
     if (is_tunnel()) { return advance_tunnel(); }
@@ -5565,7 +5564,7 @@ private:
       if (n < 0 && !would_block(errno)) { return end(Result::abort); }
       if (n == 0) {
         half_closed_ = true;
-        gone_at_ = grace_end();
+        gone_at_ = worker_.after(milliseconds(WARMPROXY_HALF_CLOSE_GRACE));
       }
       moved_ = true;
     } else if (!is_tunnel() &&
