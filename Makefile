@@ -175,7 +175,7 @@ source=$1 output=$2 && set -- -std=c++17 -Os -ffunction-sections -fdata-sections
 if test -z "$(missing)"; then
   # The linker warns that getaddrinfo may load libraries: not for numeric hosts.
   $CXX "$@" -static 2>"$output.log" || { cat "$output.log" >&2; exit 1; }
-  grep -v -e 'in function' -e 'statically linked applications' "$output.log" >&2 || :
+  grep -v -e 'in function' -e 'statically linked applications' -e 'linker garbage collection' "$output.log" >&2 || :
 else
   echo "warmproxy: ${output##*/} is linked dynamically, since" $(missing) "is missing:" \
     "install glibc-static libstdc++-static (Amazon Linux, Fedora) or g++ (Debian)" >&2
