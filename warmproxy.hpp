@@ -5134,6 +5134,7 @@ public:
     client.idle_since = loop_.now();
     idle_.splice(idle_.end(), client.not_idle);
     publish();
+    evict();
   }
   void leave(Client &client) {
     if (!client.not_idle.empty()) { return; }
@@ -5151,20 +5152,21 @@ public:
     loop_.resume(*this);
   }
 
-  // Fewer may be idle than when room was made.
-  void resumed() override {
-    for (auto due = evictions_due_.exchange(0); due > 0 && !idle_.empty();
-         --due) {
+  void resumed() override { evict(); }
+  Next run() override { return Next::wait; }
+  Time deadline() const override { return Time::max(); }
+
+private:
+  // If fewer are idle than are due, the next ones to become idle are evicted.
+  void evict() {
+    for (; evictions_due_ > 0 && !idle_.empty(); --evictions_due_) {
       auto &client = *idle_.front();
       leave(client);
       client.is_evicted = true;
       loop_.schedule(client, loop_.now());
     }
   }
-  Next run() override { return Next::wait; }
-  Time deadline() const override { return Time::max(); }
 
-private:
   void publish() {
     count_ = idle_.size();
     oldest_idle_since_ =
