@@ -1358,6 +1358,12 @@ private:
       REQUIRE(!reading.complete, "the answer was not passed on");
       return;
     }
+    // The head came with a body that is malformed from its start.
+    if (reading.body.state == reference::State::wrong && answer_.ours() &&
+        answer_.head.status == 502) {
+      REQUIRE(answer_.complete, "our answer was cut");
+      return;
+    }
     REQUIRE(answer_.interim.size() == expected_interim,
             "an interim answer was lost");
     check_response(*reading.head, answer_.head, head_, stage);
@@ -1393,7 +1399,11 @@ private:
       on_new += deliveries_[i].on_new;
       if (i + 1 == deliveries_.size()) { break; }
       REQUIRE(repeatable, "a request was sent twice");
-      REQUIRE(read(deliveries_[i]).nothing, "an answer was thrown away");
+      const auto reading = read(deliveries_[i]);
+      const bool was_late = reading.head && reading.head->status == 408 &&
+                            !reading.head->keep_alive() &&
+                            !deliveries_[i].on_new;
+      REQUIRE(reading.nothing || was_late, "an answer was thrown away");
     }
     REQUIRE(deliveries_.size() <= 3 && on_new <= 2,
             "a request was sent too often");
