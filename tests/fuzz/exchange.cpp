@@ -806,19 +806,35 @@ bool hopeless(Bytes bytes) {
   while (begins(bytes, "\r\n")) {
     bytes.remove_prefix(2);
   }
-  const auto end = bytes.find('\n');
-  const bool whole = end != Bytes::npos;
-  auto line = bytes.substr(0, end);
-  if (!line.empty() && line.back() == '\r') {
-    line.remove_suffix(1);
-  } else if (whole) {
-    return true; // a bare LF
+  for (bool first = true;; first = false) {
+    const auto end = bytes.find('\n');
+    const bool whole = end != Bytes::npos;
+    if (!whole && !first) { return false; }
+    auto line = bytes.substr(0, end);
+    if (!line.empty() && line.back() == '\r') {
+      line.remove_suffix(1);
+    } else if (whole) {
+      return true; // a bare LF
+    }
+    if (whole && first) {
+      if (!reference::request(std::string(line) + "\r\nHost: a\r\n\r\n")) {
+        return true;
+      }
+    } else if (first) {
+      const auto method = line.substr(0, line.find(' '));
+      return !reference::token_chars(method) ||
+             (method.empty() && !line.empty()) || !reference::clean(line) ||
+             line.find('\t') != Bytes::npos ||
+             std::count(line.begin(), line.end(), ' ') > 2;
+    } else {
+      const auto colon = line.find(':');
+      if (colon == Bytes::npos || !reference::token(line.substr(0, colon)) ||
+          !reference::clean(line)) {
+        return true;
+      }
+    }
+    bytes.remove_prefix(end + 1);
   }
-  const auto method = line.substr(0, line.find(' '));
-  const auto spaces = std::count(line.begin(), line.end(), ' ');
-  return !reference::token_chars(method) || (method.empty() && !line.empty()) ||
-         !reference::clean(line) || line.find('\t') != Bytes::npos ||
-         spaces > 2 || (whole && spaces < 2);
 }
 
 class AnyClient : public Play {
