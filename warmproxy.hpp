@@ -1392,8 +1392,8 @@ inline bool authenticates_connection(const Head &head) {
 
 // Headers by which proxies name the client to each other.
 inline bool is_forwarding(std::string_view name) {
-  return starts_with_ignore_case(name, "X-Forwarded") ||
-         is_one_of(name, "Forwarded", "X-Real-IP");
+  return starts_with_ignore_case(name, "X-Forwarded-") ||
+         is_one_of(name, "Forwarded", "X-Forwarded", "X-Real-IP");
 }
 
 // Headers between Vercel's platform and its runtime, with credentials for both.

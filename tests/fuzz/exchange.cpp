@@ -546,7 +546,7 @@ bool framing(const std::string &name) {
 // What names the client.
 bool forwarding(const std::string &name) {
   return begins(name, "x-forwarded-") || name == "forwarded" ||
-         name == "x-real-ip";
+         name == "x-forwarded" || name == "x-real-ip";
 }
 
 // What never reaches the target: what only the platform may say, and both kinds
