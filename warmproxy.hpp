@@ -754,7 +754,7 @@ private:
   State step(char c) {
     at_superfluous_ = false;
     if (++overhead_ > WARMPROXY_MAX_HEAD_SIZE) { return State::malformed; }
-    const bool blank = forgiving_ && (c == ' ' || c == '\t');
+    const bool blank = forgiving_ && is_blank(c);
     switch (state_) {
     case State::size_first:
       return blank ? skip(State::size_first) : step_size(c);
@@ -1240,15 +1240,13 @@ inline Refusal parse_request(std::string text, RequestHead &head) {
 // 5.2), without blanks before a colon (5.1), and without those whose name is
 // not a token.
 inline std::string repaired_fields(std::string_view text, ResponseHead &head) {
-  const auto starts_blank = [](std::string_view line) {
-    return starts_with(line, " ") || starts_with(line, "\t");
-  };
   std::string out, line;
   std::string_view part;
   while (take_line(text, part) != LineEnd::none && !part.empty()) {
     line = part;
     bool repaired = false;
-    while (starts_blank(text) && take_line(text, part) != LineEnd::none) {
+    while (!text.empty() && is_blank(text[0]) &&
+           take_line(text, part) != LineEnd::none) {
       repaired = true;
       if (const auto more = trim(part); !more.empty()) {
         line.erase(line.find_last_not_of(" \t") + 1);
@@ -2531,13 +2529,13 @@ public:
     const bool close_all = close_all_.exchange(false);
     close_idle_if([this, close_all](Upstream &upstream) {
       const auto idle = loop_.now() - upstream.idle_since;
+      const bool is_fresh = idle < fresh_time;
       // Whatever a target sends or does on an idle connection ends it.
       upstream.readable = upstream.readable && !upstream.is_silent();
       if (upstream.readable || upstream.ended) {
-        if (idle < fresh_time) { note_early_end(); }
+        if (is_fresh) { note_early_end(); }
         return true;
       }
-      const bool is_fresh = idle < fresh_time;
       if (!is_fresh && upstream.idle_since > distrusted_at_) {
         lasting_generation_ = upstream.generation;
       }
@@ -6280,7 +6278,7 @@ inline bool split_words(std::string_view text,
   char quote = '\0';
   for (std::size_t i = 0; i < text.size(); ++i) {
     const char c = text[i];
-    if (!quote && (c == ' ' || c == '\t' || c == '\n')) {
+    if (!quote && (is_blank(c) || c == '\n')) {
       in_word = false;
       continue;
     }
