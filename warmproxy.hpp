@@ -473,9 +473,17 @@ inline std::string_view until(std::string_view text, char end) {
   return text.substr(0, text.find(end));
 }
 
+// For parameters that are literals or other text: an array counts as a literal,
+// of which the compiler knows the size. Not for character buffers.
+template <std::size_t N>
+constexpr std::string_view view_of(const char (&literal)[N]) {
+  return {literal, N - 1};
+}
+constexpr std::string_view view_of(std::string_view text) { return text; }
+
 template <typename... Parts>
 void append(std::string &out, const Parts &...parts) {
-  (out.append(std::string_view(parts)), ...);
+  (out.append(view_of(parts)), ...);
 }
 
 template <typename... Parts> std::string concat(const Parts &...parts) {
@@ -522,7 +530,8 @@ inline bool is_control(char c) {
 
 inline bool has_control(std::string_view text) {
   const auto contains_one = [](std::string_view bytes) {
-    return std::any_of(bytes.begin(), bytes.end(), is_control);
+    return std::any_of(bytes.begin(), bytes.end(),
+                       [](char c) { return is_control(c); });
   };
   // Eight bytes at a time, since this reads all of every request head.
   for (; text.size() >= 8; text.remove_prefix(8)) {
@@ -663,10 +672,10 @@ bool is_in(std::string_view text, const Texts &texts) {
   return false;
 }
 
-// The same for a few names: their sizes are known to the compiler.
+// The same for a few names.
 template <typename... Names>
 bool is_one_of(std::string_view text, const Names &...names) {
-  return (equals_ignore_case(text, names) || ...);
+  return (equals_ignore_case(text, view_of(names)) || ...);
 }
 
 // Finds the end of a message's body in bytes that arrive in pieces of any size.
@@ -848,6 +857,9 @@ struct Head {
   std::string text;
   int minor = 1;             // of HTTP/1.x
   std::vector<Field> fields; // in their order
+  // The name_bit() of each field: most searches for a name are in vain, and end
+  // here.
+  std::uint64_t name_bits = 0;
   std::vector<std::string_view> connection_options;
   std::uint64_t content_length = 0;
   Framing framing;         // of the body that follows
@@ -855,13 +867,23 @@ struct Head {
 
   void clear_fields() {
     fields.clear();
+    name_bits = 0;
     connection_options.clear();
     content_length = 0;
     framing = Framing();
     keep_alive = false;
   }
 
+  static std::uint64_t name_bit(std::string_view name) {
+    const auto first = static_cast<unsigned char>(to_lower(name[0]));
+    return std::uint64_t{1} << ((name.size() + first) % 64);
+  }
+  bool may_contain(std::string_view name) const {
+    return (name_bits & name_bit(name)) != 0;
+  }
+
   const Field *find(std::string_view name) const {
+    if (!may_contain(name)) { return nullptr; }
     for (const auto &field : fields) {
       if (field.is(name)) { return &field; }
     }
@@ -882,6 +904,7 @@ struct Head {
   // Calls `function` with each element of the lists in the fields `name`.
   template <typename F>
   void for_each_in(std::string_view name, F function) const {
+    if (!may_contain(name)) { return; }
     for (const auto &field : fields) {
       if (field.is(name)) { for_each_element(field.value, function); }
     }
@@ -916,13 +939,10 @@ struct RequestHead : Head {
   std::string_view method;
   std::string_view request_target; // in origin-form, or "*"
   std::string_view authority;      // of a request target in absolute-form
+  std::string_view host;           // that, or of Host (RFC 9112, section 3.2.2)
   std::string protocols;           // of Upgrade, but for those not passed on
 
   bool upgrades() const { return !protocols.empty(); }
-  // RFC 9112, section 3.2.2.
-  std::string_view host() const {
-    return authority.empty() ? value("Host") : authority;
-  }
   std::string_view path() const { return until(request_target, '?'); }
   std::string_view query() const {
     const auto from = path().size() + 1;
@@ -937,9 +957,8 @@ struct RequestHead : Head {
 struct ResponseHead : Head {
   int status = 0;
   std::string_view status_and_reason; // "200 OK"
-  // A head was repaired, or announced a body that must not be there: the
-  // connection must not be reused. Stays set: a 1xx counts for the final
-  // response, which is parsed into the same object.
+  // It was repaired, or announced a body that must not be there: the connection
+  // must not be reused.
   bool corrected = false;
   std::vector<std::string> repairs; // of this head, for the log
 
@@ -1014,10 +1033,14 @@ inline Refusal parse_field(std::string_view line, bool from_client,
                   : contains(line, '\r') || contains(line, '\0')) {
     return {400, "control character in a header"};
   }
-  const auto name = until(line, ':');
-  if (name.size() == line.size() || !is_token(name)) {
+  std::size_t size = 0;
+  while (size < line.size() && is_token(line[size])) {
+    ++size;
+  }
+  if (size == 0 || size == line.size() || line[size] != ':') {
     return {400, "malformed header line"}; // a folded one too, and "Name :"
   }
+  const auto name = line.substr(0, size);
   field = {name, trim(line.substr(name.size() + 1)), line};
   return {};
 }
@@ -1043,6 +1066,7 @@ inline Refusal parse_fields(std::string_view text, bool from_client,
       return refusal;
     }
     head.fields.push_back(field);
+    head.name_bits |= Head::name_bit(field.name);
   }
   head.for_each_in("Connection", [&](std::string_view option) {
     head.connection_options.push_back(option);
@@ -1160,8 +1184,8 @@ inline Refusal early_refusal(std::string_view bytes, std::size_t searched = 0) {
     }
   }
   if (ends_with(rest, "\r")) { rest.remove_suffix(1); }
-  if (in_first_line &&
-      ((!rest.empty() && !is_token(until(rest, ' '))) || has_control(rest) ||
+  if (in_first_line && !rest.empty() &&
+      (!is_token(until(rest, ' ')) || has_control(rest) ||
        contains(rest, '\t') || std::count(rest.begin(), rest.end(), ' ') > 2)) {
     return {400, "malformed request line"};
   }
@@ -1223,6 +1247,7 @@ inline Refusal parse_request_text(RequestHead &head) {
   }
   if (const auto refusal = parse_request_framing(head)) { return refusal; }
   parse_upgrade(head);
+  head.host = head.authority.empty() ? head.value("Host") : head.authority;
   return {};
 }
 
@@ -1276,12 +1301,13 @@ inline std::string repaired_fields(std::string_view text, ResponseHead &head) {
 inline bool keep_one(Head &head, std::string_view name,
                      std::string_view value) {
   const auto is_such = [name](const Field &field) { return field.is(name); };
-  auto &fields = head.fields;
-  auto from = std::find_if(fields.begin(), fields.end(), is_such);
-  if (from == fields.end() || (!value.empty() && head.count(name) == 1 &&
-                               equals_ignore_case(from->value, value))) {
+  const auto first = head.find(name);
+  if (!first || (!value.empty() && head.count(name) == 1 &&
+                 equals_ignore_case(first->value, value))) {
     return false;
   }
+  auto &fields = head.fields;
+  auto from = std::find_if(fields.begin(), fields.end(), is_such);
   if (!value.empty()) { from++->value = value; }
   fields.erase(std::remove_if(from, fields.end(), is_such), fields.end());
   return true;
@@ -1290,7 +1316,7 @@ inline bool keep_one(Head &head, std::string_view name,
 // RFC 9112, section 6.3.
 inline Refusal parse_response_framing(std::string_view request_method,
                                       ResponseHead &head) {
-  bool chunked = false, other_coding = false, other_length = false;
+  bool chunked = false, other_coding = false;
   head.for_each_in("Transfer-Encoding", [&](std::string_view coding) {
     chunked |= equals_ignore_case(coding, "chunked");
     other_coding |= !is_one_of(coding, "chunked", "identity");
@@ -1304,6 +1330,7 @@ inline Refusal parse_response_framing(std::string_view request_method,
   if (has_length && !to_number(length, head.content_length)) {
     return {502, "malformed Content-Length"};
   }
+  bool other_length = false;
   head.for_each_in("Content-Length", [&](std::string_view element) {
     std::uint64_t other = 0;
     other_length |= !to_number(element, other) || other != head.content_length;
@@ -1339,9 +1366,11 @@ inline void remove_framing(ResponseHead &head) {
   keep_one(head, "Content-Length", "");
 }
 
-inline Refusal parse_response(std::string text, std::string_view request_method,
+inline Refusal parse_response(std::string_view text,
+                              std::string_view request_method,
                               ResponseHead &head) {
-  head.text = std::move(text);
+  head.text = text;
+  head.corrected = false;
   head.repairs.clear();
   std::string_view rest = head.text, line;
   auto end = take_line(rest, line);
@@ -1456,7 +1485,7 @@ public:
         out_(out),
         strips_prefix_(!config_.prefix.empty() &&
                        is_below(request.request_target, config_.prefix)),
-        client_host_(request.host()), sent_host_(client_host_) {
+        client_host_(request.host), sent_host_(client_host_) {
     out_.reserve(out_.size() + 1000); // enough for most heads
     if (config_.behind_trusted_proxy()) {
       const auto named = first_element(request.value("X-Forwarded-Host"));
@@ -1615,8 +1644,8 @@ private:
     if (is_absent("X-Forwarded-Proto") && is_absent("Forwarded")) {
       out_ += "X-Forwarded-Proto: http\r\n";
     }
-    if (is_absent("X-Forwarded-Host") && !request_.host().empty()) {
-      write("X-Forwarded-Host", request_.host());
+    if (is_absent("X-Forwarded-Host") && !request_.host.empty()) {
+      write("X-Forwarded-Host", request_.host);
     }
     if (strips_prefix_) { write_joined("X-Forwarded-Prefix", config_.prefix); }
   }
@@ -4884,7 +4913,7 @@ public:
     } else {
       head_ += bytes;
       while (const auto end = responding_ || broken_ ? 0 : head_end(head_)) {
-        send_head(head_.substr(0, end));
+        send_head(std::string_view(head_).substr(0, end));
         head_.erase(0, end);
       }
       if (responding_) { send_body(std::exchange(head_, {})); }
@@ -4925,9 +4954,9 @@ private:
   }
 
   // cpp-httplib announces its own keep-alive limits, which are not ours.
-  void send_head(std::string text) {
+  void send_head(std::string_view text) {
     ResponseHead response;
-    if (parse_response(std::move(text), request_.method, response)) {
+    if (parse_response(text, request_.method, response)) {
       broken_ = true;
       return;
     }
@@ -5189,6 +5218,7 @@ struct Worker {
   Loop loop;
   UpstreamPool pool{loop};
   IdleClients idle_clients{loop};
+  ResponseHead response; // that is read now: its memory serves the next one
 };
 
 // What all connections of a server share.
@@ -5436,7 +5466,7 @@ private:
   bool await_target() {
     if (!read_from_client()) { return false; }
     if (const auto failure =
-            shared_.supervisor.acquire(lease_, request_.host())) {
+            shared_.supervisor.acquire(lease_, request_.host)) {
       return respond(error_reply(request_, failure->status, failure->reason,
                                  failure->retry_after));
     }
@@ -5620,37 +5650,39 @@ private:
         if (received_.full()) { return bad_response("its head is too large"); }
         return true;
       }
-      const auto refusal = parse_response(std::string(bytes.substr(0, size)),
-                                          request_.method, response_);
+      auto &response = worker_.response;
+      const auto refusal =
+          parse_response(bytes.substr(0, size), request_.method, response);
       received_.consume(size);
       if (refusal) { return bad_response(refusal.reason); }
-      for (const auto &repair : response_.repairs) {
+      for (const auto &repair : response.repairs) {
         shared_.log_once(concat("response repaired: ", repair));
       }
-      if (response_.is_switching() && !request_.upgrades()) {
+      if (response.is_switching() && !request_.upgrades()) {
         return bad_response("101 without a request for an upgrade");
       }
       // RFC 9110, section 15.5.9: it was sent to the connection while that was
       // idle, and is no response to this request.
-      if (response_.status == 408 && !is_new_ && repeatable_ &&
-          !response_.keep_alive) {
+      if (response.status == 408 && !is_new_ && repeatable_ &&
+          !response.keep_alive) {
         return no_response();
       }
-      if (response_.status >= 200 || response_.is_switching()) {
-        begin_response();
+      upstream_lasts_ &= !response.corrected;
+      if (response.status >= 200 || response.is_switching()) {
+        begin_response(response);
       } else if (request_.minor == 1) { // RFC 9110, section 15.2
         HeadWriter(request_, forwarding(), download_.head)
-            .write_response(response_, true, {});
+            .write_response(response, true, {});
       }
     }
     return true;
   }
 
-  void begin_response() {
+  void begin_response(const ResponseHead &response) {
     responding_ = true;
     check_at_ = Time::max();
-    download_.framing = response_.framing;
-    if (response_.is_switching()) {
+    download_.framing = response.framing;
+    if (response.is_switching()) {
       upload_.framing = download_.framing = Framing(Framing::Mode::tunnel);
       upload_.frame(); // what the client has already sent
     }
@@ -5662,36 +5694,32 @@ private:
     const bool login_lost =
         client_.authenticated && upstream_->client != &client_;
     if (authenticates_connection(request_) ||
-        authenticates_connection(response_)) {
+        authenticates_connection(response)) {
       client_.authenticated = upstream_->authenticated = true;
     }
+    // What the target may have left unread, or sent too much, must not become
+    // part of the next exchange.
+    upstream_lasts_ &= response.keep_alive &&
+                       mode != Framing::Mode::until_close &&
+                       !request_.upgrades() &&
+                       (request_.method != "HEAD" || upstream_->authenticated);
     keep_alive_ = request_.keep_alive && !until_close_ && upload_.finished() &&
                   !shared_.draining && !client_.is_evicted && !login_lost &&
-                  (upstream_lasts() || !client_.authenticated);
-    endless_ = response_.is_switching() ||
-               starts_with_ignore_case(response_.value("Content-Type"),
+                  (upstream_lasts_ || !client_.authenticated);
+    endless_ = response.is_switching() ||
+               starts_with_ignore_case(response.value("Content-Type"),
                                        "text/event-stream");
     if (endless_) { ++shared_.endless; }
     HeadWriter(request_, forwarding(), download_.head)
-        .write_response(response_, keep_alive_, lease_.server_timing());
+        .write_response(response, keep_alive_, lease_.server_timing());
   }
 
   // ---- Releasing the upstream connection
 
-  // What the target may have left unread, or sent too much, must not become
-  // part of the next exchange.
-  bool upstream_lasts() const {
-    const auto &framing = download_.framing;
-    return response_.keep_alive && !response_.corrected &&
-           !framing.corrected() &&
-           framing.mode() != Framing::Mode::until_close &&
-           !request_.upgrades() &&
-           (request_.method != "HEAD" || upstream_->authenticated);
-  }
-
   void release_upstream() {
-    if (!upstream_lasts() || !upload_.finished() || upload_.stopped ||
-        !received_.empty() || upstream_->ended || shared_.draining) {
+    if (!upstream_lasts_ || download_.framing.corrected() ||
+        !upload_.finished() || upload_.stopped || !received_.empty() ||
+        upstream_->ended || shared_.draining) {
       return; // it is closed with the exchange
     }
     // A body may have been left unread, and a login belongs to its client:
@@ -5716,10 +5744,10 @@ private:
 
   Lease lease_;
   std::unique_ptr<Upstream> upstream_;
-  bool is_new_ = true; // the upstream connection
-  Buffer received_;    // from the target
+  bool is_new_ = true;         // the upstream connection
+  bool upstream_lasts_ = true; // after the response, as far as heads tell
+  Buffer received_;            // from the target
   Flow upload_, download_;
-  ResponseHead response_;
   bool responding_ = false;  // the final response head has arrived
   bool until_close_ = false; // the client sees the response's end by a close
   bool endless_ = false;
@@ -5835,7 +5863,10 @@ private:
     if (bytes.empty()) {
       if (!over_limit_) { worker_.idle_clients.enter(*this); }
       if (shared_.draining || is_evicted) { deadline_ = Time::min(); }
-    } else if (searched_ == 0) {
+      searched_ = 0;
+      return receive();
+    }
+    if (searched_ == 0) {
       worker_.idle_clients.leave(*this);
       if (!over_limit_) {
         deadline_ = worker_.after(milliseconds(WARMPROXY_HEAD_TIMEOUT));
@@ -5889,16 +5920,15 @@ private:
   Step route_request(Request &request) {
     const auto &config = shared_.config;
     const auto &head = request.head;
-    if (shared_.vercel && head.path() == "/_vercel/ping") {
+    const auto path = head.path();
+    if (shared_.vercel && path == "/_vercel/ping") {
       request.invocation_id.clear();
       return respond({200, {}, "text/plain; charset=utf-8", "OK"});
     }
-    if (head.path() == config.status_path) {
+    if (path == config.status_path) {
       return respond(status_reply(head, shared_.status()));
     }
-    if (const auto server = shared_.find_route(head.path())) {
-      return lend(*server);
-    }
+    if (const auto server = shared_.find_route(path)) { return lend(*server); }
     if (is_preflight(head, config)) { return respond({204}); }
     if (const auto reply = call_pre_routing_handler(
             shared_.pre_routing_handler, head, *this, config, shared_.log)) {

@@ -218,6 +218,22 @@ TEST_CASE("reuse: not after a response with a body that it must not have") {
   }
 }
 
+TEST_CASE("reuse: not after a 1xx that announced a body") {
+  for (const bool announced : {false, true}) {
+    CAPTURE(announced);
+    const std::string length = announced ? "Content-Length: 5\r\n" : "";
+    Stage stage(
+        answering("HTTP/1.1 103 Early Hints\r\n" + length + "\r\n" + ok()));
+    RawClient client(stage.port());
+    for (int i = 0; i < 3; ++i) {
+      client.send(plain);
+      CHECK(client.read_response().status == 103);
+      CHECK(client.read_response().body == "ok");
+    }
+    CHECK(connections_used(stage) == (announced ? 3 : 1));
+  }
+}
+
 TEST_CASE("reuse: not after an upgrade that was not granted") {
   Stage stage(telling());
   RawClient client(stage.port());
