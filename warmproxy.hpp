@@ -91,7 +91,6 @@
 #include <cerrno>
 #include <charconv>
 #include <chrono>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -448,12 +447,9 @@ inline bool ends_with(std::string_view text, std::string_view suffix) {
          text.substr(text.size() - suffix.size()) == suffix;
 }
 
-inline bool contains(std::string_view text, std::string_view part) {
+// `part`: text or a character.
+template <typename T> bool contains(std::string_view text, const T &part) {
   return text.find(part) != std::string_view::npos;
-}
-
-inline bool contains(std::string_view text, char c) {
-  return text.find(c) != std::string_view::npos;
 }
 
 inline bool is_blank(char c) { return c == ' ' || c == '\t'; }
@@ -548,6 +544,11 @@ inline bool has_control(std::string_view text) {
     }
   }
   return contains_one(text);
+}
+
+// Whether `text` has neither blanks nor control characters.
+inline bool is_clean(std::string_view text) {
+  return text.find_first_of(" \t") == text.npos && !has_control(text);
 }
 
 inline bool is_token(char c) { // RFC 9110, section 5.6.2
@@ -686,7 +687,8 @@ public:
   Framing() = default;
   explicit Framing(Mode mode, std::uint64_t length = 0)
       : left_(length), mode_(mode),
-        done_(mode == Mode::none || (mode == Mode::length && length == 0)) {}
+        state_(mode <= Mode::length && length == 0 ? State::end
+                                                   : State::size_first) {}
   // A target's chunked body: blanks around a chunk's size and before the colon
   // of a trailer are accepted, but must not be sent on.
   static Framing forgiving_chunked() {
@@ -703,7 +705,7 @@ public:
   std::size_t take(std::string_view bytes, std::string *content = nullptr) {
     std::size_t taken = 0;
     at_superfluous_ = false;
-    while (taken < bytes.size() && !done_) {
+    while (taken < bytes.size() && !done()) {
       if (mode_ != Mode::chunked || state_ == State::data) {
         taken += take_content(bytes.substr(taken), content);
         continue;
@@ -716,14 +718,14 @@ public:
   }
 
   Mode mode() const { return mode_; }
-  bool done() const { return done_; }
+  bool done() const { return state_ == State::end; }
   bool malformed() const { return state_ == State::malformed; }
   // The next byte is a blank that must not be sent on: the caller erases it and
   // calls take() again.
   bool at_superfluous() const { return at_superfluous_; }
   // Whether there was such a blank.
   bool corrected() const { return corrected_; }
-  void close() { done_ = true; }
+  void close() { state_ = State::end; }
 
 private:
   // The position in the grammar of RFC 9112, section 7.1.
@@ -752,8 +754,7 @@ private:
     left_ -= n;
     overhead_ = 0;
     if (left_ == 0) {
-      done_ = mode_ == Mode::length;
-      state_ = State::data_end;
+      state_ = mode_ == Mode::length ? State::end : State::data_end;
     }
     return n;
   }
@@ -761,7 +762,6 @@ private:
   // Strict except for the blanks that `forgiving_` allows: accepting a bare LF
   // or white space here makes request smuggling possible.
   State step(char c) {
-    at_superfluous_ = false;
     if (++overhead_ > WARMPROXY_MAX_HEAD_SIZE) { return State::malformed; }
     const bool blank = forgiving_ && is_blank(c);
     switch (state_) {
@@ -786,10 +786,7 @@ private:
     case State::value:
       if (c == '\r') { return before_lf(State::line_first); }
       return is_value(c) ? State::value : State::malformed;
-    case State::lf:
-      if (c != '\n') { return State::malformed; }
-      done_ = next_ == State::end;
-      return next_;
+    case State::lf: return c == '\n' ? next_ : State::malformed;
     case State::data:
     case State::end:
     case State::malformed: break;
@@ -832,8 +829,7 @@ private:
   std::uint64_t left_ = 0;   // bytes of the body, or of this chunk
   std::size_t overhead_ = 0; // bytes since a chunk's data
   Mode mode_ = Mode::none;
-  State state_ = State::size_first, next_ = State::size_first;
-  bool done_ = true;
+  State state_ = State::end, next_ = State::end;
   bool forgiving_ = false;
   bool at_superfluous_ = false;
   bool corrected_ = false;
@@ -1084,24 +1080,21 @@ struct Uri {
   std::string_view scheme, authority, path; // `path` with query and fragment
 };
 
-// Splits "scheme://authority/path", or "/path" alone; false if `text` is of
+// Splits "scheme://authority/path", or "/path" alone; nothing if `text` is of
 // neither form.
-inline bool split_uri(std::string_view text, Uri &uri) {
-  if (starts_with(text, "/")) {
-    uri.path = text;
-    return !starts_with(text, "//"); // "//host/path"
-  }
+inline std::optional<Uri> split_uri(std::string_view text) {
+  if (starts_with(text, "//")) { return {}; } // "//host/path"
+  if (starts_with(text, "/")) { return Uri{{}, {}, text}; }
   const auto colon = text.find("://");
-  uri.scheme = text.substr(0, colon);
-  if (colon == std::string_view::npos || !is_token(uri.scheme) ||
-      uri.scheme.find_first_of("!#$%&'*^_`|~") != std::string_view::npos ||
-      contains("+-.0123456789", uri.scheme.substr(0, 1))) {
-    return false;
+  const auto scheme = text.substr(0, colon);
+  if (colon == std::string_view::npos || !is_token(scheme) ||
+      scheme.find_first_of("!#$%&'*^_`|~") != std::string_view::npos ||
+      contains("+-.0123456789", scheme.substr(0, 1))) {
+    return {};
   }
   const auto rest = text.substr(colon + 3);
-  uri.authority = rest.substr(0, rest.find_first_of("/?#"));
-  uri.path = rest.substr(uri.authority.size());
-  return true;
+  const auto authority = rest.substr(0, rest.find_first_of("/?#"));
+  return Uri{scheme, authority, rest.substr(authority.size())};
 }
 
 // ---- Parsing: requests
@@ -1126,13 +1119,13 @@ inline Refusal parse_request_target(RequestHead &head) {
       (head.request_target == "*" && head.method == "OPTIONS")) {
     return {};
   }
-  Uri uri;
-  if (!split_uri(head.request_target, uri) || uri.authority.empty() ||
-      is_malformed_authority(uri.authority)) {
+  const auto uri = split_uri(head.request_target);
+  if (!uri || uri->authority.empty() ||
+      is_malformed_authority(uri->authority)) {
     return {400, "malformed request target"};
   }
-  head.authority = uri.authority;
-  head.request_target = !uri.path.empty()          ? uri.path
+  head.authority = uri->authority;
+  head.request_target = !uri->path.empty()         ? uri->path
                         : head.method == "OPTIONS" ? "*"
                                                    : "/";
   return {};
@@ -1146,9 +1139,7 @@ inline Refusal parse_request_line(std::string_view line, RequestHead &head) {
   head.method = line.substr(0, first);
   head.request_target = line.substr(first + 1, last - first - 1);
   const auto version = line.substr(last + 1);
-  if (has_control(head.request_target) || contains(head.request_target, ' ') ||
-      contains(head.request_target, '\t') ||
-      contains(head.request_target, '#')) {
+  if (!is_clean(head.request_target) || contains(head.request_target, '#')) {
     return {400, "malformed request target"};
   }
   if (version != "HTTP/1.1" && version != "HTTP/1.0") {
@@ -1354,7 +1345,7 @@ inline Refusal parse_response_framing(std::string_view request_method,
 
 // A 1xx or 204 response never has a body and must not announce one.
 inline void remove_framing(ResponseHead &head) {
-  bool announced = head.find("Transfer-Encoding");
+  bool announced = keep_one(head, "Transfer-Encoding", "");
   head.for_each_in("Content-Length", [&](std::string_view length) {
     announced |= length != "0";
   });
@@ -1362,7 +1353,6 @@ inline void remove_framing(ResponseHead &head) {
     head.note_repair(concat("framing left out, since a ", decimal(head.status),
                             " has no body"));
   }
-  keep_one(head, "Transfer-Encoding", "");
   keep_one(head, "Content-Length", "");
 }
 
@@ -1723,35 +1713,35 @@ private:
 
   // Maps Location and Content-Location to the URL that the client must use.
   std::string client_location(std::string_view location) const {
-    Uri uri;
-    if (!split_uri(location, uri)) { return std::string(location); }
+    const auto uri = split_uri(location);
+    if (!uri) { return std::string(location); }
     std::string origin;
-    if (!uri.scheme.empty()) {
-      if (client_host_.empty() || !names_us(uri.authority)) {
+    if (!uri->scheme.empty()) {
+      if (client_host_.empty() || !names_us(uri->authority)) {
         return std::string(location);
       }
       // A target that leads to https at our host knows more than we do.
-      const bool keeps_scheme = names_our_host(uri.authority) &&
-                                !equals_ignore_case(uri.scheme, "http");
+      const bool keeps_scheme = names_our_host(uri->authority) &&
+                                !equals_ignore_case(uri->scheme, "http");
       const auto scheme = keeps_scheme ? std::string_view() : client_scheme();
       origin =
-          concat(scheme.empty() ? uri.scheme : scheme, "://", client_host_);
+          concat(scheme.empty() ? uri->scheme : scheme, "://", client_host_);
     }
     // A target that respects X-Forwarded-Prefix has added the prefix already.
     const bool prefixed =
-        !strips_prefix_ || is_below(until(uri.path, '#'), config_.prefix);
-    return concat(origin, prefixed ? "" : config_.prefix, uri.path);
+        !strips_prefix_ || is_below(until(uri->path, '#'), config_.prefix);
+    return concat(origin, prefixed ? "" : config_.prefix, uri->path);
   }
 
   // WebDAV's Destination (RFC 4918, section 10.3): as the target knows it.
   std::string destination_for_target(std::string_view destination) const {
-    Uri uri;
-    if (!split_uri(destination, uri) || !is_below(uri.path, config_.prefix) ||
-        (!uri.scheme.empty() && !names_us(uri.authority))) {
+    const auto uri = split_uri(destination);
+    if (!uri || !is_below(uri->path, config_.prefix) ||
+        (!uri->scheme.empty() && !names_us(uri->authority))) {
       return std::string(destination);
     }
-    const auto path = uri.path.substr(config_.prefix.size());
-    return concat(destination.substr(0, destination.size() - uri.path.size()),
+    const auto path = uri->path.substr(config_.prefix.size());
+    return concat(destination.substr(0, destination.size() - uri->path.size()),
                   starts_with(path, "/") ? "" : "/", path);
   }
 
@@ -2045,9 +2035,8 @@ inline int connect_error(const Descriptor &fd, int timeout) {
 inline int bindable_port(const Endpoint &endpoint) {
   SocketAddress address(endpoint);
   const auto fd = new_socket(address.in.sin_family);
-  const bool bound = fd && ::bind(fd.get(), address.get(), address.size) == 0 &&
-                     ::getsockname(fd.get(), address.get(), &address.size) == 0;
-  return bound ? address.port() : 0;
+  const bool bound = fd && ::bind(fd.get(), address.get(), address.size) == 0;
+  return bound ? local_address(fd).port() : 0;
 }
 
 // A port that is free on 127.0.0.1 and on ::1, as far as the machine has them;
@@ -3658,15 +3647,14 @@ private:
       return {};
     }
     const auto location = until(response.value("Location"), '#');
-    Uri uri;
+    const auto uri = split_uri(location);
     const bool here =
-        split_uri(location, uri) &&
-        (uri.scheme.empty() ||
-         (equals_ignore_case(uri.scheme, "http") &&
-          is_one_of(uri.authority, host_, endpoint().text(),
-                    concat("localhost:", decimal(endpoint().port)))));
+        uri && (uri->scheme.empty() ||
+                (equals_ignore_case(uri->scheme, "http") &&
+                 is_one_of(uri->authority, host_, endpoint().text(),
+                           concat("localhost:", decimal(endpoint().port)))));
     if (!here) { return {}; }
-    return concat(starts_with(uri.path, "/") ? "" : "/", uri.path);
+    return concat(starts_with(uri->path, "/") ? "" : "/", uri->path);
   }
 
   bool skip(std::string_view bytes) {
@@ -3709,14 +3697,9 @@ class Probe {
 public:
   using State = ProbeAttempt::State;
 
-  // Forgets all attempts. Without endpoints none can be made.
-  void aim(std::vector<Endpoint> endpoints) {
-    earlier_ = {};
-    latest_ = {};
-    not_yet_.clear();
-    endpoints_ = std::move(endpoints);
-    began_ = RunningClock::now();
-  }
+  // Without endpoints, no attempt can be made.
+  explicit Probe(std::vector<Endpoint> endpoints = {})
+      : endpoints_(std::move(endpoints)) {}
 
   void ask(std::string path, std::string host, Time now) {
     if (latest_.is_open()) { earlier_ = std::move(latest_); }
@@ -3771,7 +3754,7 @@ private:
   ProbeAttempt latest_;
   std::string not_yet_; // see not_yet()
   Time not_yet_at_{};
-  Time began_{};
+  Time began_ = RunningClock::now();
 };
 
 // Where all these sockets listen, if they have the same port; port 0 if there
@@ -3807,41 +3790,35 @@ class Supervisor {
 public:
   // RAII permit to use the target; the idle timer does not run while any lease
   // exists. One that waits for the target is not granted yet.
-  class Lease {
-  public:
+  struct Lease {
     Lease() = default;
     Lease(const Lease &) = delete;
     Lease &operator=(const Lease &) = delete;
     ~Lease() {
-      if (!supervisor_) { return; }
-      const Lock lock(supervisor_->mutex_);
-      if (--supervisor_->status_.in_flight == 0) {
-        supervisor_->last_use_ = RunningClock::now();
+      if (!supervisor) { return; }
+      const Lock lock(supervisor->mutex_);
+      if (--supervisor->status_.in_flight == 0) {
+        supervisor->last_use_ = RunningClock::now();
       }
     }
 
-    bool is_granted() const { return supervisor_ != nullptr; }
-    std::uint64_t generation() const { return generation_; } // of the target
-    const Endpoint &endpoint() const { return endpoint_; }
-    // A header line if the request had to wait for a start, else "".
-    const std::string &server_timing() const { return server_timing_; }
+    bool is_granted() const { return supervisor != nullptr; }
     // How long this start has taken so far, or else the wait for it.
     seconds waited() const {
-      return std::chrono::duration_cast<seconds>(
-          SteadyClock::now() - std::min(since_, start_began_));
+      return std::chrono::duration_cast<seconds>(SteadyClock::now() -
+                                                 std::min(since, start_began));
     }
 
-  private:
-    friend class Supervisor;
-
-    Supervisor *supervisor_ = nullptr; // once it is granted
-    std::uint64_t generation_ = 0;
-    Endpoint endpoint_;
-    std::string server_timing_;
+    // Set by the supervisor:
+    Supervisor *supervisor = nullptr; // once it is granted
+    std::uint64_t generation = 0;     // of the target
+    Endpoint endpoint;
+    // A header line if the request had to wait for a start, else "".
+    std::string server_timing;
     // max(): it does not wait.
-    SteadyClock::time_point since_ = SteadyClock::time_point::max();
-    SteadyClock::time_point start_began_ = since_;
-    std::uint64_t failures_ = 0; // of starts, before it waited
+    SteadyClock::time_point since = SteadyClock::time_point::max();
+    SteadyClock::time_point start_began = since;
+    std::uint64_t failures = 0; // of starts, before it waited
   };
 
   // `notify` is called from any thread when pending requests should ask again,
@@ -3851,7 +3828,6 @@ public:
              std::function<void()> close_idle)
       : config_(config), log_(log), process_(config, log),
         notify_(std::move(notify)), close_idle_(std::move(close_idle)) {
-    endpoint_.port = std::max(config.target_port, 0);
     thread_ = std::thread([this] { run(); });
   }
   ~Supervisor() {
@@ -3868,16 +3844,16 @@ public:
       grant(lease);
       return {};
     }
-    if (lease.since_ == SteadyClock::time_point::max()) {
-      lease.since_ = SteadyClock::now();
-      lease.failures_ = failures_;
+    if (lease.since == SteadyClock::time_point::max()) {
+      lease.since = SteadyClock::now();
+      lease.failures = failures_;
       hosts_[1] = host;
     }
     if (draining_) { return Failure{503, "shutting down", {}}; }
-    if (failures_ != lease.failures_) { return failure_; }
+    if (failures_ != lease.failures) { return failure_; }
     if (state_ == State::starting) {
       // Of a target that was up, the start is long ago.
-      if (began_ > up_since_) { lease.start_began_ = began_; }
+      if (began_ > up_since_) { lease.start_began = began_; }
       return {};
     }
     const auto pause = start_at_ - RunningClock::now();
@@ -3898,7 +3874,7 @@ public:
   // response: then it is checked whether the target is still there.
   void suspect(const Lease &lease) {
     const Lock lock(mutex_);
-    if (state_ != State::up || lease.generation_ != status_.starts) { return; }
+    if (state_ != State::up || lease.generation != status_.starts) { return; }
     state_ = State::starting;
     wakeup_.wake();
   }
@@ -3960,13 +3936,13 @@ private:
 
   void grant(Lease &lease) {
     ++status_.in_flight;
-    lease.supervisor_ = this;
-    lease.generation_ = status_.starts;
-    lease.endpoint_ = endpoint_;
-    if (lease.since_ <= up_since_) { // it waited for the start, not a reload
-      lease.server_timing_ = concat(
+    lease.supervisor = this;
+    lease.generation = status_.starts;
+    lease.endpoint = endpoint_;
+    if (lease.since <= up_since_) { // it waited for the start, not a reload
+      lease.server_timing = concat(
           "Server-Timing: warmproxy;desc=\"cold start\";dur=",
-          in_milliseconds(SteadyClock::now() - lease.since_),
+          in_milliseconds(SteadyClock::now() - lease.since),
           ", warmproxy-spawn;dur=", in_milliseconds(spawned_ - began_),
           ", warmproxy-ready;dur=", in_milliseconds(up_since_ - spawned_),
           "\r\n");
@@ -4061,7 +4037,7 @@ private:
   // probe goes out on that connection. A full backlog counts as a server.
   bool is_served() {
     if (config_.target_port <= 0) { return false; }
-    probe_.aim(endpoints());
+    probe_ = Probe(endpoints());
     ask(RunningClock::now());
     const auto until = after(milliseconds(100));
     while (probe_.latest().state() == Probe::State::connecting &&
@@ -4102,7 +4078,7 @@ private:
       return fail(status, concat(what, why), concat(what, reason));
     }
     log_(concat("target started (pid ", decimal(process_.pid()), ")"));
-    probe_.aim(endpoints());
+    probe_ = Probe(endpoints());
     return true;
   }
 
@@ -4178,7 +4154,7 @@ private:
     settled_at_ = later(now, settling_time);
     const Lock lock(mutex_);
     endpoint_ = found;
-    probe_.aim(endpoints());
+    probe_ = Probe(endpoints());
   }
 
   // What is wrong with where the program listens, and what to set; "" if
@@ -4202,8 +4178,7 @@ private:
       append(text, text.empty() ? sockets[0].program + " listens on " : " and ",
              place);
     }
-    const auto wanted =
-        finds_port() ? "127.0.0.1" : Endpoint{false, endpoint_.port}.text();
+    const auto wanted = finds_port() ? "127.0.0.1" : endpoint_.text();
     if (!finds_port()) { append(text, ", not on ", wanted); }
     if (ports.empty()) { return concat(text, ": make it listen on ", wanted); }
     return concat(text, ": set WARMPROXY_TARGET_PORT",
@@ -4239,7 +4214,7 @@ private:
           std::chrono::duration_cast<milliseconds>(up_since_ - began_);
       last_use_ = RunningClock::now();
     }
-    if (!probe_.is_ready()) { probe_.aim({}); } // used as it is
+    if (!probe_.is_ready()) { probe_ = Probe(); } // used as it is
     set_state(State::up);
     const auto pid = process_.pid(); // 0: it was there before
     log_(concat("target up in ", in_seconds(up_since_ - began_), " s (",
@@ -4333,7 +4308,7 @@ private:
   // Ends the target, or what it has left of its process group.
   void end() {
     set_state(State::stopping);
-    probe_.aim({});
+    probe_ = Probe();
     if (process_.started()) {
       auto deadline = SteadyClock::now() + clamped(config_.stop_timeout);
       if (process_.exited()) {
@@ -4372,7 +4347,7 @@ private:
   // The Hosts that probes take in turns: [0] of the request that triggered the
   // start, [1] of the latest one that had to wait, [2] empty, for localhost.
   std::string hosts_[3];
-  Endpoint endpoint_;
+  Endpoint endpoint_{false, std::max(config_.target_port, 0)};
   Status status_; // but for its state, pid, port, up_for and requests
   std::atomic<std::uint64_t> requests_{0};
   Time last_use_{};
@@ -4614,10 +4589,8 @@ inline constexpr std::string_view failed_part = R"html(<title>%failed</title>
 </main>
 )html";
 
-struct PageText {
-  std::string_view key, english, chinese;
-};
-inline constexpr PageText page_texts[] = {
+// A placeholder, its English and its Chinese text.
+inline constexpr std::string_view page_texts[][3] = {
     {"%lang", "en", "zh"},
     {"%starting", "Starting up …", "正在启动……"},
     {"%asleep",
@@ -4631,11 +4604,11 @@ inline constexpr PageText page_texts[] = {
 // A page in the visitor's language.
 inline std::string page_with(std::string_view part,
                              const RequestHead &request) {
-  const bool chinese =
+  const bool is_chinese =
       starts_with_ignore_case(request.value("Accept-Language"), "zh");
   auto page = concat(page_head, part);
-  for (const auto &text : page_texts) {
-    replace_all(page, text.key, chinese ? text.chinese : text.english);
+  for (const auto &[key, english, chinese] : page_texts) {
+    replace_all(page, key, is_chinese ? chinese : english);
   }
   return page;
 }
@@ -5455,7 +5428,7 @@ private:
   }
 
   Forwarding forwarding() const {
-    return {shared_.config, client_.address, lease_.endpoint()};
+    return {shared_.config, client_.address, lease_.endpoint};
   }
   bool is_tunnel() const {
     return download_.framing.mode() == Framing::Mode::tunnel;
@@ -5477,7 +5450,7 @@ private:
     }
     // The waiting page's script: it learns that the target is ready.
     if (request_.method == "GET" && request_.find("Warmproxy-Wait")) {
-      return respond({204, lease_.server_timing()});
+      return respond({204, lease_.server_timing});
     }
     shared_.supervisor.count_request();
     return open_upstream();
@@ -5487,12 +5460,12 @@ private:
     show_page_at_ = check_at_ = Time::max();
     // What was sent on a stale connection goes out on a new one.
     if (sends_left_ == WARMPROXY_MAX_ATTEMPTS) {
-      upstream_ = worker_.pool.take(client_, lease_.generation(), repeatable_);
+      upstream_ = worker_.pool.take(client_, lease_.generation, repeatable_);
     }
     is_new_ = !upstream_;
     if (is_new_) {
       upstream_ =
-          worker_.pool.open(lease_.endpoint(), lease_.generation(), client_);
+          worker_.pool.open(lease_.endpoint, lease_.generation, client_);
       if (!upstream_) { return connect_failed(errno); }
       check_at_ = worker_.after(check_interval_);
       stalled_at_ = std::min(
@@ -5647,8 +5620,7 @@ private:
       const auto bytes = received_.view();
       const auto size = head_end(bytes);
       if (!size) {
-        if (received_.full()) { return bad_response("its head is too large"); }
-        return true;
+        return !received_.full() || bad_response("its head is too large");
       }
       auto &response = worker_.response;
       const auto refusal =
@@ -5711,7 +5683,7 @@ private:
                                        "text/event-stream");
     if (endless_) { ++shared_.endless; }
     HeadWriter(request_, forwarding(), download_.head)
-        .write_response(response, keep_alive_, lease_.server_timing());
+        .write_response(response, keep_alive_, lease_.server_timing);
   }
 
   // ---- Releasing the upstream connection
@@ -5902,7 +5874,6 @@ private:
 
   // `refusal`: why the head, of which `size` bytes have arrived, is not parsed.
   Step begin_request(std::size_t size, Refusal refusal = {}) {
-    worker_.idle_clients.leave(*this);
     // A copy, since the buffer is refilled while the response is awaited.
     std::string text(received.view().substr(0, size));
     received.consume(size);
@@ -6235,23 +6206,17 @@ private:
     return true;
   }
 
-  struct Capacity {
-    std::size_t limit;   // client connections that are served
-    std::size_t refused; // those accepted beyond that, to get a 503; any others
-                         // wait in the backlog
-  };
-  // Of the descriptors, each loop needs three, the rest of us about 16, and a
-  // connection two.
-  Capacity capacity() const {
+  // How many client connections are served, and how many more are accepted to
+  // get a 503; any others wait in the backlog. Of the descriptors, each loop
+  // needs three, the rest of us about 16, and a connection two.
+  std::pair<std::size_t, std::size_t> capacity() const {
     rlimit files{};
     ::getrlimit(RLIMIT_NOFILE, &files);
     const rlim_t own = 16 + 3 * shared.workers.size();
     const auto room = std::max(files.rlim_cur, own) - own;
     const auto refused = std::clamp<rlim_t>(room / 4, 1, 16);
-    const auto limit = std::max<rlim_t>(room, refused + 2) - refused;
-    return {static_cast<std::size_t>(
-                std::min<rlim_t>(limit / 2, shared.config.max_connections)),
-            static_cast<std::size_t>(refused)};
+    const auto left = std::max<rlim_t>(room, refused + 2) - refused;
+    return {std::min<rlim_t>(left / 2, shared.config.max_connections), refused};
   }
 
   // ---- Server: draining
@@ -6265,7 +6230,6 @@ private:
     const auto half = SteadyClock::now() + budget / 2;
     const auto deadline = half + budget / 2;
     supervisor.drain();
-    shared.notify_all();
     while (const auto count = shared.connections()) {
       const auto now = SteadyClock::now();
       if (now >= half || count <= shared.endless + shared.lingering) {
@@ -6379,10 +6343,6 @@ inline bool read_value(std::string_view text, std::vector<std::string> &value) {
 
 inline bool is_text(std::string_view text) { // for the kernel, the resolver
   return !contains(text, '\0');
-}
-
-inline bool is_clean(std::string_view text) { // for header lines
-  return text.find_first_of(" \t") == text.npos && !has_control(text);
 }
 
 inline bool is_path(std::string_view text) {
