@@ -548,7 +548,7 @@ inline bool has_control(std::string_view text) {
 
 // Whether `text` has neither blanks nor control characters.
 inline bool is_clean(std::string_view text) {
-  return text.find_first_of(" \t") == text.npos && !has_control(text);
+  return !contains(text, ' ') && !contains(text, '\t') && !has_control(text);
 }
 
 inline bool is_token(char c) { // RFC 9110, section 5.6.2
@@ -1036,8 +1036,7 @@ inline Refusal parse_field(std::string_view line, bool from_client,
   if (size == 0 || size == line.size() || line[size] != ':') {
     return {400, "malformed header line"}; // a folded one too, and "Name :"
   }
-  const auto name = line.substr(0, size);
-  field = {name, trim(line.substr(name.size() + 1)), line};
+  field = {line.substr(0, size), trim(line.substr(size + 1)), line};
   return {};
 }
 
