@@ -6,21 +6,21 @@
 // somebody uses it: serverless functions, containers that scale to zero, small
 // servers.
 //
-// How a request travels (the sections below come in the order of their use of
-// each other: each needs only what stands above it):
+// How a request travels (each section below uses only what stands above it):
 //
 //   client -- Server -- Connection -- Exchange -- target
 //                                        |
 //                                    Supervisor
 //
 //   Server      accepts connections and gives each one to an event loop.
-//   Connection  reads one request head, strictly, and either answers it, lends
-//               it to an own route, or runs an Exchange.
+//   Connection  reads one request head, strictly. Then it responds itself,
+//               lends the client's connection to an own route, or runs an
+//               Exchange.
 //   Exchange    sends the request to the target and pumps bytes in both
-//               directions until the framing says that the message is complete,
-//               or until either side closes after a 101. Uploads, streams,
-//               early responses and WebSockets all use this one pump. Each
-//               direction has one buffer.
+//               directions until the framing says that the message is complete.
+//               After a 101 it is a tunnel, which ends when both sides have
+//               closed. Uploads, streams, early responses and WebSockets all
+//               use this one pump. Each direction has one buffer.
 //   Supervisor  owns the target's whole life on a thread of its own: cold,
 //               starting, up, stopping. Requests wait for it to report "up" and
 //               never touch the process.
@@ -126,8 +126,8 @@
 #ifndef WARMPROXY_MAX_HEAD_SIZE
 #define WARMPROXY_MAX_HEAD_SIZE 65536
 #endif
-// Header lines of a head. Each costs 48 bytes of bookkeeping, so that 64 KB of
-// "a:" would take 800 KB. Node takes 2000, Apache and HAProxy 100.
+// Header lines of a head. Each costs 48 bytes of bookkeeping, so 64 KB of "a:"
+// would take 800 KB. Node takes 2000, Apache and HAProxy 100.
 #ifndef WARMPROXY_MAX_HEADER_LINES
 #define WARMPROXY_MAX_HEADER_LINES 1000
 #endif
@@ -144,8 +144,8 @@
 #ifndef WARMPROXY_HEAD_TIMEOUT
 #define WARMPROXY_HEAD_TIMEOUT 30000
 #endif
-// Milliseconds without progress in which a client has to read a response of our
-// own, or to send a body to an own route.
+// Milliseconds in which a client has to read a response of our own in full.
+// With an own route: milliseconds without progress, in either direction.
 #ifndef WARMPROXY_SEND_TIMEOUT
 #define WARMPROXY_SEND_TIMEOUT 75000
 #endif
@@ -183,7 +183,7 @@
 #ifndef WARMPROXY_MAX_LOOPS
 #define WARMPROXY_MAX_LOOPS 4
 #endif
-// How often one request may be sent to the target in all.
+// How many times one request may be sent to the target.
 #ifndef WARMPROXY_MAX_ATTEMPTS
 #define WARMPROXY_MAX_ATTEMPTS 3
 #endif
@@ -216,16 +216,18 @@ struct Options {
   // of them may be a debugger.
   int target_port = 0;
   // Variables added to the program's environment; they override inherited ones.
-  // "{port}" is replaced as in `args`. Never inherited: HOST, HOSTNAME,
-  // WARMPROXY_* and VERCEL_IPC_PATH, which are meant for the proxy.
+  // "{port}" is replaced as in `args`. Never inherited: WARMPROXY_* and
+  // VERCEL_IPC_PATH, which are meant for the proxy, and HOST and HOSTNAME,
+  // which make some servers listen on other addresses than loopback.
   std::map<std::string, std::string> env;
   // The program's working directory; it must exist. Default: the current one.
   std::string directory;
   // Run the program in a writable copy of `directory`, made inside this folder,
   // for platforms whose file system is read-only. A file that has changed (in
   // path, size, mode or change time) leads to a new copy; what the program
-  // wrote stays in the old one. A start fails if the folder cannot be written
-  // or belongs to another user. Default: no copy.
+  // wrote stays in the old one. A start fails if the folder cannot be written,
+  // belongs to a user other than us or root, or lets every user write to it (it
+  // may with the sticky bit, as /tmp has it). Default: no copy.
   std::string scratch;
   // A path prefix to remove from request targets, on a segment boundary. The
   // target learns it as X-Forwarded-Prefix, and the paths in Location,
@@ -241,8 +243,9 @@ struct Options {
   // Empty: a successful TCP connect is enough. With the default, a target that
   // still answers 502 to 504 at the end of `startup_timeout` is used as it is.
   std::string health_path = "/";
-  // How long a start may take before it is given up and answered with 504.
-  // Default: 45 s, below the 60 s at which many edges give up on us. Above 0.
+  // How long a start may take. After that it is given up, and the requests that
+  // wait for it get 504. Default: 45 s, below the 60 s at which many edges give
+  // up on us. Above 0.
   std::chrono::milliseconds startup_timeout{45000};
   // The budget for stopping. Running requests have half of it to finish; then
   // the target gets SIGTERM, and at the end SIGKILL goes to its process group.
@@ -262,7 +265,7 @@ struct Options {
   // 0.0.0.0:3000.
   std::string host = "0.0.0.0";
   int port = 3000;
-  // The number of simultaneous client connections, at least 1. When it is
+  // The most simultaneous client connections, at least 1. When that number is
   // reached, the connection that has been idle for longest makes room; where
   // none is idle, new ones are answered with 503. Lowered to what the limit on
   // open files allows, two for each connection. Default: 1024.
@@ -323,9 +326,9 @@ struct Status {
 //   proxy.routes("/own").Get("/own/time", handler);
 //   proxy.listen("0.0.0.0", 8080);
 //
-// The Proxy reaps the target: if the program reaps all its children, or ignores
-// SIGCHLD, the target's exit status is lost. cpp-httplib ignores SIGPIPE for
-// the whole process once a Server exists, which a Proxy relies on.
+// The Proxy reaps the target: if your own program reaps all its children, or
+// ignores SIGCHLD, the target's exit status is lost. cpp-httplib ignores
+// SIGPIPE for the whole process once a Server exists, which a Proxy relies on.
 class Proxy {
 public:
   // Throws std::invalid_argument, naming the field, for options that cannot be
@@ -341,11 +344,11 @@ public:
   // listens once: a second call returns false.
   bool listen(const std::string &host, int port);
   // Binds to a free port and returns it, for listen_after_bind(); -1 if it
-  // cannot, or after a first listen.
+  // cannot, or once the Proxy has listened.
   int bind_to_any_port(const std::string &host);
   // Serves until stop(). Returns true when the last request has finished, or
-  // has been aborted because Options::stop_timeout was over, and the target has
-  // stopped; false if nothing is bound, or after a first listen.
+  // has been aborted because Options::stop_timeout had passed, and the target
+  // has stopped; false if nothing is bound, or once the Proxy has listened.
   bool listen_after_bind();
   // Callable from any thread; does not wait. A stopped Proxy stays stopped.
   void stop();
@@ -369,13 +372,14 @@ public:
   // instead) and std::logic_error once the Proxy listens.
   httplib::Server &routes(std::string prefix);
 
-  // Called for every other request, on an event loop, before it is proxied and
-  // before the target is started. HandlerResponse::Handled sends `res`;
-  // Unhandled proxies the request. `req` has method, target, path, params,
-  // headers and remote address, but no body, and `res` may have a body but no
-  // content provider. The handler must not block: it holds up other
-  // connections. An exception is answered with 500. Throws std::logic_error
-  // once the Proxy listens.
+  // Called on an event loop before a request is proxied, and before the target
+  // is started. Not called for own routes, Options::status_path, and the
+  // preflight requests that Options::cors_origins answers.
+  // HandlerResponse::Handled sends `res`; Unhandled proxies the request. `req`
+  // has method, target, path, params, headers and remote address, but no body,
+  // and `res` may have a body but no content provider. The handler must not
+  // block: it holds up other connections. An exception is answered with 500.
+  // Throws std::logic_error once the Proxy listens.
   void set_pre_routing_handler(httplib::Server::HandlerWithResponse handler);
 
 private:
@@ -386,13 +390,13 @@ private:
 
 // Returns `defaults`, overridden by the environment: WARMPROXY_<FIELD>, PORT
 // and HOST. Unset variables keep the defaults; an empty one is an empty text or
-// list. WARMPROXY_ARGS is split like a shell command line, quotes included;
-// durations are 500ms, 45s, 10m, 2h or 30d; WARMPROXY_TARGET_PORT may be `auto`
-// (any_port). If WARMPROXY_BINARY is set, the defaults' `args` and
-// `target_port` belong to another program and are reset. What cannot be read is
-// reported in Options::error. A WARMPROXY_ variable that is not a setting is
-// logged as a warning, except those that Kubernetes sets for a Service named
-// "warmproxy".
+// list, and an error for all other fields. WARMPROXY_ARGS is split like a shell
+// command line, quotes included; durations are 500ms, 45s, 10m, 2h or 30d;
+// WARMPROXY_TARGET_PORT may be `auto` (any_port). If WARMPROXY_BINARY is set,
+// the defaults' `args` and `target_port` belong to another program and are
+// reset. What cannot be read is reported in Options::error. A WARMPROXY_
+// variable that is not a setting is logged as a warning, except those that
+// Kubernetes sets for a Service named "warmproxy".
 Options options_from_env(Options defaults);
 
 // For main(): listens on Options::host and Options::port until SIGTERM, SIGINT
@@ -408,7 +412,7 @@ Options options_from_env(Options defaults);
 int serve(Options options, int argc = 0, const char *const *argv = nullptr);
 
 // ============================================================================
-// A user of the header reads no further.
+// Nothing below is part of the API.
 // ============================================================================
 
 namespace detail {
@@ -433,7 +437,7 @@ inline bool starts_with_ignore_case(std::string_view text,
                     });
 }
 
-// Mostly the sizes differ, so this is small enough to be inlined.
+// Small enough to be inlined: mostly, the sizes differ already.
 inline bool equals_ignore_case(std::string_view a, std::string_view b) {
   return a.size() == b.size() && starts_with_ignore_case(a, b);
 }
@@ -469,8 +473,8 @@ inline std::string_view until(std::string_view text, char end) {
   return text.substr(0, text.find(end));
 }
 
-// For parameters that are literals or other text: an array counts as a literal,
-// of which the compiler knows the size. Not for character buffers.
+// A view of a literal, whose size the compiler knows, or of other text. Any
+// array of characters is taken for a literal, so do not pass a buffer.
 template <std::size_t N>
 constexpr std::string_view view_of(const char (&literal)[N]) {
   return {literal, N - 1};
@@ -509,7 +513,7 @@ inline bool list_contains(std::string_view list, std::string_view wanted) {
 }
 
 // Reads a decimal number without a sign. Returns false, and leaves `number`
-// alone, if `text` is none or does not fit.
+// alone, if `text` is not one or does not fit.
 template <typename N> bool to_number(std::string_view text, N &number) {
   const auto end = text.data() + text.size();
   N n = 0;
@@ -534,7 +538,7 @@ inline bool has_control(std::string_view text) {
     std::uint64_t bytes = 0;
     std::memcpy(&bytes, text.data(), 8);
     // Sets the high bit of each byte below 0x20 or equal to 0x7f, sometimes of
-    // the byte behind it, too.
+    // the byte after it, too.
     constexpr std::uint64_t ones = 0x0101010101010101;
     const auto deletes = bytes ^ (ones * 0x7f);
     const auto suspects =
@@ -551,22 +555,21 @@ inline bool is_clean(std::string_view text) {
   return !contains(text, ' ') && !contains(text, '\t') && !has_control(text);
 }
 
-inline bool is_token(char c) { // RFC 9110, section 5.6.2
-  static constexpr auto tokens = [] {
+inline bool is_tchar(char c) { // RFC 9110, section 5.6.2
+  static constexpr auto tchars = [] {
     std::array<bool, 256> table{};
-    for (const char token : std::string_view(
+    for (const char tchar : std::string_view(
              "!#$%&'*+-.^_`|~0123456789"
              "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")) {
-      table[static_cast<unsigned char>(token)] = true;
+      table[static_cast<unsigned char>(tchar)] = true;
     }
     return table;
   }();
-  return tokens[static_cast<unsigned char>(c)];
+  return tchars[static_cast<unsigned char>(c)];
 }
 
 inline bool is_token(std::string_view text) {
-  return !text.empty() && std::all_of(text.begin(), text.end(),
-                                      [](char c) { return is_token(c); });
+  return !text.empty() && std::all_of(text.begin(), text.end(), is_tchar);
 }
 
 inline void replace_all(std::string &text, std::string_view from,
@@ -598,8 +601,8 @@ template <typename Duration> std::string in_seconds(Duration duration) {
   return text;
 }
 
-// Quotes a JSON string. Bytes outside ASCII are taken for Latin-1, since
-// targets may send any.
+// Quotes a JSON string. Bytes outside ASCII are taken for Latin-1, since header
+// values and paths need not be UTF-8.
 inline std::string json_string(std::string_view text) {
   std::string out = "\"";
   for (const char c : text) {
@@ -697,21 +700,21 @@ public:
     return framing;
   }
 
-  // Returns how many of `bytes` belong to the body. Stops behind its end,
-  // before a byte that makes it malformed(), or before a blank that must not be
-  // sent on: see at_superfluous(). Appends the content, without chunks, to
-  // `content` if that is given; superfluous blanks are then taken like the
-  // rest.
+  // Returns how many of `bytes` belong to the body. Stops after its end, before
+  // a byte that makes it malformed(), or before a blank that must not be sent
+  // on: see at_superfluous_blank(). Appends the content, without the chunks'
+  // framing, to `content` if that is given; superfluous blanks are then taken
+  // like the rest.
   std::size_t take(std::string_view bytes, std::string *content = nullptr) {
     std::size_t taken = 0;
-    at_superfluous_ = false;
+    at_superfluous_blank_ = false;
     while (taken < bytes.size() && !done()) {
       if (mode_ != Mode::chunked || state_ == State::data) {
         taken += take_content(bytes.substr(taken), content);
         continue;
       }
       state_ = step(bytes[taken]);
-      if (malformed() || (at_superfluous_ && !content)) { break; }
+      if (malformed() || (at_superfluous_blank_ && !content)) { break; }
       ++taken;
     }
     return taken;
@@ -722,13 +725,14 @@ public:
   bool malformed() const { return state_ == State::malformed; }
   // The next byte is a blank that must not be sent on: the caller erases it and
   // calls take() again.
-  bool at_superfluous() const { return at_superfluous_; }
+  bool at_superfluous_blank() const { return at_superfluous_blank_; }
   // Whether there was such a blank.
   bool corrected() const { return corrected_; }
   void close() { state_ = State::end; }
 
 private:
-  // The position in the grammar of RFC 9112, section 7.1.
+  // The position in the grammar of RFC 9112, section 7.1. In the other modes:
+  // any up to the body's end, then `end`.
   enum class State : unsigned char {
     size_first, // before the first digit of a chunk size
     size,       // in a chunk size
@@ -759,16 +763,18 @@ private:
     return n;
   }
 
-  // Strict except for the blanks that `forgiving_` allows: accepting a bare LF
-  // or white space here makes request smuggling possible.
+  // Strict, except where `forgiving_` allows blanks, and control characters in
+  // a trailer's value: accepting a bare LF or white space here makes request
+  // smuggling possible.
   State step(char c) {
     if (++overhead_ > WARMPROXY_MAX_HEAD_SIZE) { return State::malformed; }
     const bool blank = forgiving_ && is_blank(c);
     switch (state_) {
     case State::size_first:
-      return blank ? skip(State::size_first) : step_size(c);
+      return blank ? note_blank(State::size_first) : step_size(c);
     case State::size:
-    case State::size_end: return blank ? skip(State::size_end) : step_size(c);
+    case State::size_end:
+      return blank ? note_blank(State::size_end) : step_size(c);
     case State::extension:
       if (c == '\r') { return end_size_line(); }
       return is_control(c) ? State::malformed : State::extension;
@@ -776,12 +782,12 @@ private:
       return c == '\r' ? before_lf(State::size_first) : State::malformed;
     case State::line_first:
       if (c == '\r') { return before_lf(State::end); }
-      return is_token(c) ? State::name : State::malformed;
+      return is_tchar(c) ? State::name : State::malformed;
     case State::name:
-      if (is_token(c)) { return State::name; }
+      if (is_tchar(c)) { return State::name; }
       [[fallthrough]];
     case State::name_end:
-      if (blank) { return skip(State::name_end); }
+      if (blank) { return note_blank(State::name_end); }
       return c == ':' ? State::value : State::malformed;
     case State::value:
       if (c == '\r') { return before_lf(State::line_first); }
@@ -815,8 +821,8 @@ private:
     return State::lf;
   }
 
-  State skip(State next) {
-    at_superfluous_ = corrected_ = true;
+  State note_blank(State next) {
+    at_superfluous_blank_ = corrected_ = true;
     return next;
   }
 
@@ -831,7 +837,7 @@ private:
   Mode mode_ = Mode::none;
   State state_ = State::end, next_ = State::end;
   bool forgiving_ = false;
-  bool at_superfluous_ = false;
+  bool at_superfluous_blank_ = false;
   bool corrected_ = false;
 };
 
@@ -853,8 +859,8 @@ struct Head {
   std::string text;
   int minor = 1;             // of HTTP/1.x
   std::vector<Field> fields; // in their order
-  // The name_bit() of each field: most searches for a name are in vain, and end
-  // here.
+  // A Bloom filter of the fields' names (see name_bit()): most searches for a
+  // name are in vain, and end here.
   std::uint64_t name_bits = 0;
   std::vector<std::string_view> connection_options;
   std::uint64_t content_length = 0;
@@ -886,7 +892,7 @@ struct Head {
     return nullptr;
   }
 
-  // Of the first such field; "" if there is none.
+  // The value of the first such field; "" if there is none.
   std::string_view value(std::string_view name) const {
     const auto field = find(name);
     return field ? field->value : std::string_view();
@@ -935,7 +941,7 @@ struct RequestHead : Head {
   std::string_view method;
   std::string_view request_target; // in origin-form, or "*"
   std::string_view authority;      // of a request target in absolute-form
-  std::string_view host;           // that, or of Host (RFC 9112, section 3.2.2)
+  std::string_view host;           // the authority, or Host's value
   std::string protocols;           // of Upgrade, but for those not passed on
 
   bool upgrades() const { return !protocols.empty(); }
@@ -953,14 +959,14 @@ struct RequestHead : Head {
 struct ResponseHead : Head {
   int status = 0;
   std::string_view status_and_reason; // "200 OK"
-  // It was repaired, or announced a body that must not be there: the connection
-  // must not be reused.
-  bool corrected = false;
+  // The connection must not be reused: the head was repaired, or a body may
+  // follow a 304 that announced one.
+  bool must_close = false;
   std::vector<std::string> repairs; // of this head, for the log
 
   bool is_switching() const { return status == 101; }
   void note_repair(std::string repair) {
-    corrected = true;
+    must_close = true;
     repairs.push_back(printable(std::move(repair)));
   }
 };
@@ -1030,7 +1036,7 @@ inline Refusal parse_field(std::string_view line, bool from_client,
     return {400, "control character in a header"};
   }
   std::size_t size = 0;
-  while (size < line.size() && is_token(line[size])) {
+  while (size < line.size() && is_tchar(line[size])) {
     ++size;
   }
   if (size == 0 || size == line.size() || line[size] != ':') {
@@ -1158,7 +1164,7 @@ inline Refusal early_refusal(std::string_view bytes, std::size_t searched = 0) {
   if (starts_with(bytes, "\x16\x03")) {
     return {400, "a TLS handshake on a port for plain HTTP"};
   }
-  // From the line on that was incomplete before.
+  // Starts with the line that was incomplete last time.
   const auto start = bytes.substr(0, searched).rfind('\n') + 1;
   bool in_first_line = start == 0;
   auto rest = bytes.substr(start);
@@ -1229,14 +1235,16 @@ inline Refusal parse_request_text(RequestHead &head) {
     return {400, "bare LF in the head"};
   }
   if (const auto refusal = parse_request_line(line, head)) { return refusal; }
-  if (const auto refusal = parse_fields(rest, true, head)) { return refusal; }
-  if (const auto refusal = check_host(head)) { return refusal; }
-  if (starts_with(head.request_target, "?")) { // "http://host?query"
+  // "http://host?query": an empty path becomes "/" (RFC 9112, section 3.2.1).
+  if (starts_with(head.request_target, "?")) {
     head.text.insert(head.text.find('?'), "/");
     return parse_request_text(head);
   }
+  if (const auto refusal = parse_fields(rest, true, head)) { return refusal; }
+  if (const auto refusal = check_host(head)) { return refusal; }
   if (const auto refusal = parse_request_framing(head)) { return refusal; }
   parse_upgrade(head);
+  // RFC 9112, section 3.2.2
   head.host = head.authority.empty() ? head.value("Host") : head.authority;
   return {};
 }
@@ -1253,16 +1261,16 @@ inline Refusal parse_request(std::string text, RequestHead &head) {
 
 // Returns a target's header lines with folded ones joined (RFC 9112, section
 // 5.2), without blanks before a colon (5.1), and without those whose name is
-// not a token.
+// not a token. Notes each repair in `head`.
 inline std::string repaired_fields(std::string_view text, ResponseHead &head) {
   std::string out, line;
   std::string_view part;
   while (take_line(text, part) != LineEnd::none && !part.empty()) {
     line = part;
-    bool repaired = false;
+    bool folded = false;
     while (!text.empty() && is_blank(text[0]) &&
            take_line(text, part) != LineEnd::none) {
-      repaired = true;
+      folded = true;
       if (const auto more = trim(part); !more.empty()) {
         line.erase(line.find_last_not_of(" \t") + 1);
         append(line, " ", more);
@@ -1277,7 +1285,7 @@ inline std::string repaired_fields(std::string_view text, ResponseHead &head) {
                               line.substr(0, 60)));
       continue;
     }
-    if (repaired || name.size() + value.size() < line.size()) {
+    if (folded || name.size() + value.size() < line.size()) {
       head.note_repair(concat("header line repaired: ", name.substr(0, 60)));
     }
     append(out, name, value, "\r\n");
@@ -1285,9 +1293,9 @@ inline std::string repaired_fields(std::string_view text, ResponseHead &head) {
   return out += "\r\n";
 }
 
-// Leaves one of the fields `name`, with this value, or none if that is "".
-// Returns whether that changes anything. Not for fields of which the line is
-// sent on, which stays as it was.
+// Reduces the fields `name` to one with `value`, or to none if that is "".
+// Returns whether anything has changed. Field::line stays as it was: only for
+// fields that are not sent on by their line.
 inline bool keep_one(Head &head, std::string_view name,
                      std::string_view value) {
   const auto is_such = [name](const Field &field) { return field.is(name); };
@@ -1332,7 +1340,7 @@ inline Refusal parse_response_framing(std::string_view request_method,
     head.note_repair("Transfer-Encoding or Content-Length merged");
   }
   if (head.status == 304) { // a body may follow all the same
-    head.corrected |= chunked || head.content_length > 0;
+    head.must_close |= chunked || head.content_length > 0;
   } else if (request_method != "HEAD") {
     head.framing = chunked ? Framing::forgiving_chunked()
                    : has_length
@@ -1359,7 +1367,7 @@ inline Refusal parse_response(std::string_view text,
                               std::string_view request_method,
                               ResponseHead &head) {
   head.text = text;
-  head.corrected = false;
+  head.must_close = false;
   head.repairs.clear();
   std::string_view rest = head.text, line;
   auto end = take_line(rest, line);
@@ -1399,7 +1407,7 @@ inline bool ignores_forwarded_https(const RequestHead &request,
   return !config.behind_trusted_proxy() && equals_ignore_case(proto, "https");
 }
 
-// Whether credentials of NTLM or Negotiate are exchanged: they log in the
+// Whether credentials of NTLM or Negotiate are exchanged: they authenticate the
 // connection, not the request.
 inline bool authenticates_connection(const Head &head) {
   return head.lists({"Authorization", "WWW-Authenticate"},
@@ -1419,7 +1427,7 @@ inline bool is_vercel_private(std::string_view name) {
 }
 
 inline std::string_view without_port(std::string_view authority) {
-  const auto from = authority.find(']') + 1; // behind an IPv6 address, or 0
+  const auto from = authority.find(']') + 1; // after an IPv6 address, or 0
   return authority.substr(0, authority.find(':', from));
 }
 
@@ -1624,26 +1632,28 @@ private:
            (field.is("Expect") && request_.minor == 0);
   }
 
-  // The forwarding headers that no trusted proxy has set.
+  // Appends to X-Forwarded-For and -Prefix, and writes the others unless a
+  // trusted proxy has set them.
   void write_forwarding_fields() {
     // On Vercel, the peer is the platform.
-    if (!config_.on_vercel || is_absent("X-Forwarded-For")) {
+    if (!config_.on_vercel || is_unset("X-Forwarded-For")) {
       write_joined("X-Forwarded-For", forwarding_.client_address);
     }
-    if (is_absent("X-Forwarded-Proto") && is_absent("Forwarded")) {
+    if (is_unset("X-Forwarded-Proto") && is_unset("Forwarded")) {
       out_ += "X-Forwarded-Proto: http\r\n";
     }
-    if (is_absent("X-Forwarded-Host") && !request_.host.empty()) {
+    if (is_unset("X-Forwarded-Host") && !request_.host.empty()) {
       write("X-Forwarded-Host", request_.host);
     }
     if (strips_prefix_) { write_joined("X-Forwarded-Prefix", config_.prefix); }
   }
 
-  bool is_absent(std::string_view name) const {
+  // Whether no trusted proxy has set this header.
+  bool is_unset(std::string_view name) const {
     return !config_.behind_trusted_proxy() || !request_.find(name);
   }
 
-  // Our value behind those of trusted proxies, on one line.
+  // Our value after those of trusted proxies, on one line.
   void write_joined(std::string_view name, std::string_view ours) {
     append(out_, name, ": ");
     for (const auto &field : request_.fields) {
@@ -1719,7 +1729,7 @@ private:
       if (client_host_.empty() || !names_us(uri->authority)) {
         return std::string(location);
       }
-      // A target that leads to https at our host knows more than we do.
+      // A target that redirects to https at our host knows more than we do.
       const bool keeps_scheme = names_our_host(uri->authority) &&
                                 !equals_ignore_case(uri->scheme, "http");
       const auto scheme = keeps_scheme ? std::string_view() : client_scheme();
@@ -1760,11 +1770,11 @@ private:
                      without_port(sent_host_), without_port(client_host_));
   }
 
-  // "http", "https", or "" if the proxy before us says something else.
+  // "http", "https", or "" if the proxy in front of us says something else.
   std::string_view client_scheme() const {
     const auto proto = first_element(request_.value("X-Forwarded-Proto"));
     if (!config_.behind_trusted_proxy() ||
-        (proto.empty() && is_absent("Forwarded"))) {
+        (proto.empty() && is_unset("Forwarded"))) {
       return "http";
     }
     return equals_ignore_case(proto, "https")  ? "https"
@@ -1783,7 +1793,7 @@ private:
   bool upgrade_ = false, cached_ = false, cors_ = false; // of the response
 };
 
-// ---- Net: descriptors, clocks, buffers, the event loop ----------------------
+// ---- Net: descriptors, the log, clocks --------------------------------------
 
 [[noreturn]] inline void throw_errno(const char *what) {
   throw std::system_error(errno, std::generic_category(), what);
@@ -2018,8 +2028,9 @@ inline Descriptor dial(const Endpoint &endpoint) {
   return fd;
 }
 
-// Waits up to `timeout` milliseconds for what dial() has returned. Returns 0 if
-// it is connected, EINPROGRESS if that takes longer, else why it is not.
+// Waits up to `timeout` milliseconds for what dial() has just returned, or else
+// takes its errno. Returns 0 if it is connected, EINPROGRESS if that takes
+// longer, else why it is not.
 inline int connect_error(const Descriptor &fd, int timeout) {
   if (!fd) { return errno; }
   pollfd out{fd.get(), POLLOUT, 0};
@@ -2061,7 +2072,7 @@ struct Socket {
   Task *owner = nullptr; // runs when there is an event; null: nobody
   bool readable = false;
   bool writable = true;
-  bool ended = false;  // the end or urgent data follow: recv(2) may stop short
+  bool ended = false;  // before the end or urgent data, recv(2) may stop short
   bool broken = false; // reset, or closed in both directions
 };
 
@@ -2237,7 +2248,7 @@ public:
     begin_ = end_ = 0;
     if (data_) { pool_.release(std::move(data_)); }
   }
-  // `bytes` must fit behind the content: nothing is moved to make room.
+  // `bytes` must fit after the content: nothing is moved to make room.
   void append(std::string_view bytes) {
     if (bytes.empty()) { return; }
     if (!data_) { data_ = pool_.take(); }
@@ -2277,9 +2288,9 @@ private:
 
 // ---- Net: the event loop
 
-// Something that an event loop runs when one of its sockets has an event, when
-// its deadline has passed, and after Loop::notify(). Spurious runs are
-// possible.
+// Something that an event loop runs when a socket that it owns has an event,
+// when its deadline has passed, after Loop::resume(), and, if it was posted,
+// after Loop::post() and Loop::notify(). Spurious runs are possible.
 class Task {
 public:
   enum class Next {
@@ -2393,7 +2404,7 @@ private:
     auto next = Task::Next::close;
     try {
       next = task.run();
-    } catch (const std::exception &error) { // out of memory
+    } catch (const std::exception &error) { // no memory, or no room in epoll
       log_(concat("connection aborted: ", error.what()));
     }
     if (next != Task::Next::close) {
@@ -2424,7 +2435,7 @@ private:
 
 // A connection to the target, in use or idle.
 struct Upstream : Socket {
-  std::uint64_t generation = 0; // of the target
+  std::uint64_t generation = 0; // of the target: Status::starts
   // The only client that may use it; null: any; the pool: none (see retire()).
   const Task *client = nullptr;
   bool authenticated = false; // NTLM or Negotiate logged its client in
@@ -2458,10 +2469,11 @@ public:
     return upstream;
   }
 
-  // An idle connection that `client` may use for its next request, or null.
-  // What is not `repeatable` must not meet a connection that the target is just
-  // closing: only one that has been idle for less than `fresh_time` will do,
-  // and only if this target is known to leave idle ones open for that long.
+  // An idle connection that `client` may use for its next request, or null. A
+  // request that is not `repeatable` must not meet a connection that the target
+  // is just closing. So it gets one that has been idle for less than
+  // `fresh_time`, from a target that is known to leave idle ones open for that
+  // long, or one that carries a login, which a new one would lose.
   std::unique_ptr<Upstream> take(Task &client, std::uint64_t generation,
                                  bool repeatable) {
     while (auto upstream = remove_idle(&client)) {
@@ -2533,18 +2545,18 @@ public:
     limit();
   }
 
-  // From any thread: closes the idle connections, but none with which a login
-  // is under way, for a target that waits for their end. idle_count() says how
-  // many are left.
-  void close_all() {
-    close_all_ = true;
+  // From any thread: has the loop close the idle connections, for a target that
+  // waits for their end, but none on which a login is under way. idle_count()
+  // says how many are left.
+  void request_close_idle() {
+    close_idle_requested_ = true;
     loop_.resume(*this);
   }
   std::size_t idle_count() const { return idle_count_; }
 
   Next run() override {
-    const bool close_all = close_all_.exchange(false);
-    close_idle_if([this, close_all](Upstream &upstream) {
+    const bool close_requested = close_idle_requested_.exchange(false);
+    close_idle_if([this, close_requested](Upstream &upstream) {
       const auto idle = loop_.now() - upstream.idle_since;
       const bool is_fresh = idle < fresh_time;
       // Whatever a target sends or does on an idle connection ends it.
@@ -2557,7 +2569,7 @@ public:
         lasting_generation_ = upstream.generation;
       }
       // Whoever is just logging in needs the same connection once more.
-      return (close_all && !(is_fresh && upstream.authenticated)) ||
+      return (close_requested && !(is_fresh && upstream.authenticated)) ||
              idle >= idle_timeout ||
              (upstream.client == this &&
               lasting_generation_ == upstream.generation);
@@ -2604,6 +2616,8 @@ private:
     });
   }
 
+  // If the target ends a connection that has been idle for less, that is early,
+  // and a login on it counts as under way.
   static constexpr milliseconds fresh_time{1000};
   static constexpr milliseconds idle_timeout{WARMPROXY_UPSTREAM_IDLE_TIMEOUT};
 
@@ -2616,7 +2630,7 @@ private:
   Time distrusted_at_{}; // see note_early_end()
   std::size_t open_ = 0; // connections, those in use included
   std::atomic<std::size_t> idle_count_{0};
-  std::atomic<bool> close_all_{false};
+  std::atomic<bool> close_idle_requested_{false};
 };
 
 // ---- Process: finding the program ------------------------------------------
@@ -2652,9 +2666,10 @@ inline std::vector<std::string> program_places(const std::string &name) {
   return places;
 }
 
-// Absolute, since the target may run elsewhere. Symbolic links in the
-// parents are resolved, because of `link/../x`. The last component is not:
-// busybox and virtual environments are links that go by their names.
+// Absolute, since the target may run elsewhere; "" if the folder cannot be
+// resolved. Symbolic links in the parents are, because of `link/../x`. The last
+// component is not: busybox and virtual environments are links that go by their
+// names.
 inline std::string absolute_path(const std::filesystem::path &place) {
   std::error_code error;
   const auto parent = std::filesystem::canonical(place.parent_path(), error);
@@ -2837,7 +2852,7 @@ private:
     std::string link; // what a symbolic link holds
   };
 
-  // Adds all that is in `folder`: "" or "a/b/".
+  // Adds what is in `folder` ("" or "a/b/") to entries_.
   void list(const std::string &folder) {
     const auto path = concat(source_, "/", folder);
     std::error_code error;
@@ -2868,9 +2883,10 @@ private:
                 error_text(error)));
   }
 
-  // Of the entries, in any order. The change time counts and the modification
-  // time does not, since deployment tools set the latter to a constant. A
-  // folder's times and size change only with its names, which count anyway.
+  // A hash of the entries, in whatever order. The change time counts and the
+  // modification time does not, since deployment tools set the latter to a
+  // constant. A folder's times and size change only with its names, which count
+  // anyway.
   std::string fingerprint() const {
     std::uint64_t sum = 0;
     const auto add = [&sum](std::string_view text) {
@@ -2897,6 +2913,8 @@ private:
     return text;
   }
 
+  // Whether there is the copy. Fails the start if its name is taken by anything
+  // but a folder of ours.
   bool exists(const std::string &copy) const {
     struct stat status = {};
     if (::lstat(copy.c_str(), &status) != 0) { return false; }
@@ -3019,6 +3037,7 @@ private:
     const auto absolute = folder / link;
     const bool is_parent = absolute.filename() == "..";
     std::error_code error;
+    // The folder of what it points to; for "..", that folder itself.
     auto real = std::filesystem::weakly_canonical(
         is_parent ? absolute : absolute.parent_path(), error);
     if (real != source_ && path_within(source_, real.string()).empty()) {
@@ -3056,6 +3075,23 @@ struct Program {
   }
 };
 
+// argv[0] has to lead from the working directory to the file that runs: virtual
+// environments and programs that keep data beside themselves find their place
+// by it. The name is passed on as it was given if it does. Otherwise it is
+// "./..." inside the directory (below /tmp, PocketBase takes an absolute path
+// for `go run`), and absolute elsewhere.
+inline std::string argv0_for(const Program &program, const Config &config,
+                             const std::string &place,
+                             const std::string &within) {
+  const auto &given = config.binary;
+  const bool by_path = !contains(given, "/"); // the target looks there, too
+  const bool same_path = !by_path || !config.env.count("PATH");
+  const auto seen =
+      std::filesystem::path(program.directory) / (by_path ? place : given);
+  if (same_path && absolute_path(seen) == program.path) { return given; }
+  return within.empty() ? program.path : concat("./", within);
+}
+
 // Finds the program, and makes its scratch copy where one is asked for.
 inline Program prepare_program(const Config &config, const Log &log,
                                const std::function<void()> &check) {
@@ -3071,7 +3107,9 @@ inline Program prepare_program(const Config &config, const Log &log,
     program.directory = std::filesystem::canonical(config.directory, error);
   }
   if (error) {
-    fail_start_at(concat("directory ", config.directory), error.value());
+    const auto &wanted = config.directory;
+    fail_start_at(concat("directory ", wanted.empty() ? "." : wanted),
+                  error.value());
   }
   const auto within = path_within(program.directory, program.path);
   if (!config.scratch.empty()) {
@@ -3082,32 +3120,18 @@ inline Program prepare_program(const Config &config, const Log &log,
     }
   }
   program.moves = program.directory != current;
-  // argv[0] has to name the file that runs as seen from the working directory:
-  // virtual environments and programs that keep data beside themselves find
-  // their place by it. As it was given, where that does; else inside the
-  // directory with a dot (below /tmp, PocketBase takes an absolute path for
-  // `go run`).
-  const auto &given = config.binary;
-  const bool by_path = !contains(given, "/"); // the target looks there, too
-  const auto seen =
-      std::filesystem::path(program.directory) / (by_path ? place : given);
-  if (absolute_path(seen) == program.path &&
-      !(by_path && config.env.count("PATH"))) {
-    program.argv0 = given;
-  } else {
-    program.argv0 = within.empty() ? program.path : concat("./", within);
-  }
+  program.argv0 = argv0_for(program, config, place, within);
   return program;
 }
 
-// HOST and HOSTNAME, which Docker sets, would make servers listen beside
-// loopback; the others are meant for us.
+// HOST, and HOSTNAME, which Docker sets, make some servers listen on other
+// addresses than loopback. The others are meant for us.
 inline bool is_inherited(std::string_view name) {
   return name != "HOST" && name != "HOSTNAME" && name != "VERCEL_IPC_PATH" &&
          !starts_with(name, "WARMPROXY_");
 }
 
-// Each as "NAME=value", by its name.
+// The target's environment: "NAME=value" by NAME.
 inline std::map<std::string, std::string>
 environment_for(const Config &config, const std::string &directory,
                 const std::string &port) {
@@ -3162,8 +3186,8 @@ public:
   }
 
 private:
-  // The end of the pipe means that we are gone, but so does the pidfd, as a
-  // child that the embedding program forked may hold the pipe open.
+  // The end of the pipe means that we are gone. The pidfd says so, too, since a
+  // child that the embedding program has forked may hold the pipe open.
   [[noreturn]] static void run(int pipe, int parent) {
     ::setsid(); // whoever kills our process group must not kill this first
     ::dup2(pipe, 0);
@@ -3188,8 +3212,8 @@ private:
 
 // ---- Process: its process group, by /proc
 
-// Calls `function` with the pid of each process of a group that is not a
-// zombie. Returns false if /proc cannot be read.
+// Calls `function` with the pid of each process of a group, but for zombies.
+// Returns false if /proc cannot be read.
 template <typename F> bool for_each_member(pid_t group, F function) {
   std::error_code error;
   // It may be that of another PID namespace.
@@ -3324,9 +3348,9 @@ public:
   }
   // From start() until stop() has returned, though it may have exited().
   bool started() const { return pid_ != 0; }
-  // Of the target and its process group; 0: none.
+  // The target's pid, which is its process group's id, too; 0: none.
   pid_t pid() const { return pid_; }
-  // Whether it is the target's, which is reaped here.
+  // Whether `pid` is the target, which is reaped here.
   bool owns(pid_t pid) const { return pid == pid_; }
   // Polls readable when the target exits. -1: poll exited() every 10 ms.
   int exit_fd() const { return pidfd_.get(); }
@@ -3364,11 +3388,12 @@ public:
   void stop(SteadyClock::time_point deadline) {
     if (!started()) { return; }
     end_politely(deadline);
-    if (!ended()) {
+    if (!group_ended()) {
       const bool permitted = ::kill(-pid_, SIGKILL) == 0 || errno != EPERM;
       // The kernel needs a moment, and so does init, to reap them.
-      wait(SteadyClock::now() + seconds(permitted ? 1 : 0), &Process::ended);
-      if (!ended()) {
+      wait(SteadyClock::now() + seconds(permitted ? 1 : 0),
+           &Process::group_ended);
+      if (!group_ended()) {
         log_(concat("target (pid ", decimal(pid()), ") cannot be ended: ",
                     permitted ? "it survives SIGKILL" : error_text(EPERM)));
       }
@@ -3422,7 +3447,8 @@ private:
     if (::getppid() != parent) { ::_exit(127); } // we died just before
     watchdog_.watch(pid_);
     // Default actions, since cpp-httplib ignores SIGPIPE. SIG_IGN first
-    // discards what was sent to our own process group.
+    // discards signals that came while the child was still in our own process
+    // group.
     for (int number = 1; number < NSIG; ++number) {
       ::signal(number, SIG_IGN);
       ::signal(number, SIG_DFL);
@@ -3443,7 +3469,7 @@ private:
   }
 
   // Whether the target and all of its process group have ended.
-  bool ended() {
+  bool group_ended() {
     if (!exited()) { return false; }
     // Where we are the first process of a container, its orphans are ours.
     while (::waitpid(-pid_, nullptr, WNOHANG) > 0) {}
@@ -3475,14 +3501,14 @@ private:
       now = SteadyClock::now();
       const auto tenth =
           std::min<SteadyClock::duration>((deadline - now) / 10, seconds(1));
-      if (exited()) { wait(now + tenth, &Process::ended); }
+      if (exited()) { wait(now + tenth, &Process::group_ended); }
     }
-    if (ended()) { return; }
+    if (group_ended()) { return; }
     const bool listed = for_each_member(pid_, [&](pid_t pid) {
       if (pid != pid_) { ::kill(pid, SIGTERM); }
     });
     if (!listed) { ::kill(-pid_, SIGTERM); }
-    wait(deadline, &Process::ended);
+    wait(deadline, &Process::group_ended);
   }
 
   const Config &config_;
@@ -3512,7 +3538,7 @@ class ProbeAttempt {
 public:
   enum class State {
     connecting,
-    asked,         // the target has accepted the connection
+    asked,         // connected: the request has been sent
     no_connection, // mostly, nobody listens
     no_response,   // or none that is HTTP
     not_yet,       // answered with 502, 503 or 504
@@ -3525,7 +3551,7 @@ public:
                std::string host, Time now)
       : endpoints_(std::move(endpoints)), path_(std::move(path)),
         host_(std::move(host)), state_(State::connecting),
-        seen_("its backlog is full"), asked_at_(now) {}
+        seen_("its backlog is full"), began_at_(now) {}
 
   // Goes on as far as it can without waiting.
   void advance(Time now) {
@@ -3536,13 +3562,13 @@ public:
   bool is_open() const { return state_ <= State::asked; }
   const std::string &seen() const { return seen_; } // for people to read
   const Endpoint &endpoint() const { return endpoints_.front(); }
-  Time asked_at() const { return asked_at_; }
+  Time began_at() const { return began_at_; }
   Time ended_at() const { return ended_at_; }
   // When another one may be asked, in a series that began at `began`.
   Time next_at(Time began) const {
     if (state_ == State::connecting) { return Time::max(); }
     if (state_ == State::asked) {
-      return later(asked_at_, milliseconds(WARMPROXY_PROBE_PATIENCE));
+      return later(began_at_, milliseconds(WARMPROXY_PROBE_PATIENCE));
     }
     // One that was answered costs the target much more than a connect.
     const auto pause = connect_pause(ended_at_ - began);
@@ -3682,7 +3708,7 @@ private:
   State state_ = State::no_connection;
   int error_ = 0; // of the first endpoint
   std::string seen_ = "no listening port found";
-  Time asked_at_{}, ended_at_{};
+  Time began_at_{}, ended_at_{};
   std::string received_;
   int redirects_ = 0;
   Framing rest_; // of the final response
@@ -3723,9 +3749,10 @@ public:
   const ProbeAttempt &latest() const { return latest_; }
   bool is_ready() const { return latest_.state() == State::ready; }
   bool is_open() const { return earlier_.is_open() || latest_.is_open(); }
-  // The latest 502 to 504, as text, or "". It counts while another attempt is
-  // under way, or was made with a Host that the target does not answer, but not
-  // of a target that has gone quiet since.
+  // The latest 502 to 504, as text; "" if it is older than
+  // WARMPROXY_PROBE_PATIENCE, or a connection was refused since. A later
+  // attempt that failed otherwise may have had a Host that the target does not
+  // serve.
   std::string not_yet(Time now) const {
     const milliseconds patience(WARMPROXY_PROBE_PATIENCE);
     return now < later(not_yet_at_, patience) ? not_yet_ : "";
@@ -3783,8 +3810,8 @@ struct Failure {
 // way, no lock guards the process, and the thread that PR_SET_PDEATHSIG follows
 // lives as long as we do.
 //   cold -> starting -> up -> stopping -> cold
-// An `up` target that refused a connection is `starting` until it is known
-// whether it is still there.
+// An `up` target under suspicion (see suspect()) is `starting` until it is
+// known whether it still accepts connections.
 class Supervisor {
 public:
   // RAII permit to use the target; the idle timer does not run while any lease
@@ -3802,7 +3829,8 @@ public:
     }
 
     bool is_granted() const { return supervisor != nullptr; }
-    // How long this start has taken so far, or else the wait for it.
+    // How long the request has waited, or the start has taken if it began
+    // earlier.
     seconds waited() const {
       return std::chrono::duration_cast<seconds>(SteadyClock::now() -
                                                  std::min(since, start_began));
@@ -3817,7 +3845,7 @@ public:
     // max(): it does not wait.
     SteadyClock::time_point since = SteadyClock::time_point::max();
     SteadyClock::time_point start_began = since;
-    std::uint64_t failures = 0; // of starts, before it waited
+    std::uint64_t failures = 0; // the supervisor's, when the wait began
   };
 
   // `notify` is called from any thread when pending requests should ask again,
@@ -3834,7 +3862,7 @@ public:
     join();
   }
 
-  // Asks for the target, and starts it where need be. Grants the lease or
+  // Asks for the target, and starts it if necessary. Grants the lease or
   // returns a failure; with neither, call it again after `notify`. `host` is
   // the request's Host, for the readiness probe.
   std::optional<Failure> acquire(Lease &lease, std::string_view host) {
@@ -3851,15 +3879,14 @@ public:
     if (draining_) { return Failure{503, "shutting down", {}}; }
     if (failures_ != lease.failures) { return failure_; }
     if (state_ == State::starting) {
-      // Of a target that was up, the start is long ago.
+      // While an up target is checked, began_ is that of an earlier start.
       if (began_ > up_since_) { lease.start_began = began_; }
       return {};
     }
     const auto pause = start_at_ - RunningClock::now();
     if (!wanted_ && pause.count() > 0) {
-      return Failure{
-          503, concat(failure_.reason, "; it is started again in a moment"),
-          std::chrono::ceil<milliseconds>(pause)};
+      return Failure{503, concat(failure_.reason, "; try again in a moment"),
+                     std::chrono::ceil<milliseconds>(pause)};
     }
     if (!std::exchange(wanted_, true)) { hosts_[0] = host; }
     wakeup_.wake();
@@ -3869,8 +3896,8 @@ public:
   // To be called for each request that is sent to the target.
   void count_request() { ++requests_; }
 
-  // To be called when a new connection was refused, or closed without a
-  // response: then it is checked whether the target is still there.
+  // To be called before a retry, when a new connection was refused or closed
+  // without a response: checks whether the target is still there.
   void suspect(const Lease &lease) {
     const Lock lock(mutex_);
     if (state_ != State::up || lease.generation != status_.starts) { return; }
@@ -3885,7 +3912,7 @@ public:
     wakeup_.wake();
   }
 
-  // Starts it no more: requests that wait fail with 503 at once.
+  // No further starts: requests that wait fail with 503 at once.
   void drain() {
     const Lock lock(mutex_);
     draining_ = true;
@@ -3927,8 +3954,8 @@ private:
   enum class State { cold, starting, up, stopping };
   using Lock = std::lock_guard<std::mutex>;
 
-  // A second beside the single port shows within this time, and a program that
-  // listens elsewhere is named after it.
+  // With any_port: how long the program's port has to be its only one before it
+  // is used. After this, a program that listens elsewhere is named in the log.
   static constexpr seconds settling_time{1};
   // For the answer to an attempt that was made just before the deadline.
   static constexpr seconds last_grace{1};
@@ -3989,13 +4016,14 @@ private:
         end();
         continue;
       }
-      // At least every second, or RunningClock would not reach start_at_.
+      // Until start_at_, at least once per max_wait: RunningClock counts a
+      // longer silence as a gap.
       wait(RunningClock::now() < start_at_ ? start_at_ : Time::max());
     }
   }
 
-  // Waits for a wake-up, the target's exit, the probe or `until`, but at most
-  // `max_wait`, and lets the probe go on. Returns a time for judging deadlines:
+  // Waits for a wake-up, the target's exit, the probe or time_left(until), and
+  // lets the probe go on. Returns a time for judging deadlines:
   // all that had arrived by then has been read.
   Time wait(Time until) {
     std::vector<pollfd> events = {{wakeup_.fd(), POLLIN, 0},
@@ -4025,16 +4053,17 @@ private:
 
   bool start() {
     const auto deadline = after(config_.startup_timeout);
-    if (!is_served() && !start_process(deadline)) { return false; }
+    if (!adopt_server() && !start_process(deadline)) { return false; }
     spawned_ = SteadyClock::now();
     if (!wait_until_ready(deadline)) { return false; }
     become_up();
     return true;
   }
 
-  // Whether a server accepts connections on a fixed port already; the first
-  // probe goes out on that connection. A full backlog counts as a server.
-  bool is_served() {
+  // Returns whether a server accepts connections on a fixed port already, with
+  // the first probe under way on such a connection. A full backlog counts as a
+  // server.
+  bool adopt_server() {
     if (config_.target_port <= 0) { return false; }
     probe_ = Probe(endpoints());
     ask(RunningClock::now());
@@ -4099,8 +4128,8 @@ private:
 
   bool wait_until_ready(Time deadline) {
     auto report_at = after(settling_time);
-    look_at_ = finds_port() ? Time() : Time::max();
-    settled_at_ = Time();
+    look_again_at_ = finds_port() ? Time() : Time::max();
+    settles_at_ = Time();
     for (auto now = RunningClock::now();;) {
       if (draining_) { return false; }
       if (process_.exited()) {
@@ -4111,7 +4140,7 @@ private:
       // A target that is not being asked at the deadline is asked once more.
       const bool over = now >= deadline;
       const bool is_last =
-          over && probe_.can_ask() && probe_.latest().asked_at() < deadline;
+          over && probe_.can_ask() && probe_.latest().began_at() < deadline;
       if (is_last || now >= probe_.ask_at()) { ask(now); }
       if (is_ready(now)) { return true; }
       if (!process_.started() &&
@@ -4126,31 +4155,33 @@ private:
         report_at = problem.empty() ? later(now, settling_time) : Time::max();
       }
       now = wait(std::min({over ? give_up_at : deadline, probe_.ask_at(),
-                           look_at_, report_at}));
+                           look_again_at_, report_at}));
     }
   }
 
   bool is_ready(Time now) const {
-    return probe_.is_ready() && now >= settled_at_;
+    return probe_.is_ready() && now >= settles_at_;
   }
 
   // Until when a start may go beyond its deadline: for the answer to a probe
   // that was sent just before, and for the port of a ready target to settle.
   Time last_chance() const {
-    if (probe_.is_ready()) { return settled_at_; }
-    return probe_.is_open() ? later(probe_.latest().asked_at(), last_grace)
+    if (probe_.is_ready()) { return settles_at_; }
+    return probe_.is_open() ? later(probe_.latest().began_at(), last_grace)
                             : Time();
   }
 
-  // With any_port: finds out which port is the program's, right before each
-  // probe, too, since a port that it has given up may be a stranger's.
+  // With any_port: finds out which port is the program's, every 50 ms, and
+  // right before each probe and before the target counts as ready, since a port
+  // that it has given up may be a stranger's.
   void look_for_port(Time now) {
-    const bool due = now >= look_at_ || now >= probe_.ask_at() || is_ready(now);
+    const bool due =
+        now >= look_again_at_ || now >= probe_.ask_at() || is_ready(now);
     if (!finds_port() || !due) { return; }
-    look_at_ = later(now, milliseconds(50));
+    look_again_at_ = later(now, milliseconds(50));
     const auto found = only_endpoint(listeners_of(process_.pid()));
     if (found.port == endpoint_.port) { return; }
-    settled_at_ = later(now, settling_time);
+    settles_at_ = later(now, settling_time);
     const Lock lock(mutex_);
     endpoint_ = found;
     probe_ = Probe(endpoints());
@@ -4192,7 +4223,7 @@ private:
   bool on_startup_timeout(Time now) {
     const auto time = concat(in_seconds(config_.startup_timeout), " s");
     const auto not_yet = probe_.not_yet(now);
-    if (!not_yet.empty() && now >= settled_at_ && config_.health_path == "/") {
+    if (!not_yet.empty() && now >= settles_at_ && config_.health_path == "/") {
       log_(concat("target used as it is: ", not_yet, " after ", time,
                   " (see WARMPROXY_STARTUP_TIMEOUT)"));
       return true;
@@ -4250,14 +4281,15 @@ private:
     }
   }
 
-  // A full backlog is no evidence of death, nor is that we lack something.
+  // Anything but ECONNREFUSED, such as a full backlog or a lack of descriptors
+  // on our side, does not mean that the target is gone.
   bool refuses_connections() const {
     return connect_error(dial(endpoint_), 100) == ECONNREFUSED;
   }
 
   // A target that refuses connections is ended, but not in the middle of a
-  // response: any lease there is now stands for one, since a request that was
-  // dialing has been refused, too. Returns whether it is left running.
+  // response. Every lease still held belongs to one: a request that was
+  // connecting has been refused, too. Returns whether it is left running.
   bool on_refusal_timeout() {
     const auto reason = concat("target has refused connections for ",
                                in_seconds(config_.startup_timeout),
@@ -4332,11 +4364,13 @@ private:
   // The thread's own.
   Probe probe_;
   unsigned host_turn_ = 0;
-  milliseconds pause_{0};         // between starts
-  Time look_at_{}, settled_at_{}; // for the program's own port
+  milliseconds pause_{0}; // between starts
+  // With any_port: when to look for the port again, and until when another one
+  // may still appear beside it.
+  Time look_again_at_{}, settles_at_{};
 
   // Guards what follows. The thread reads without it what only it writes, and
-  // the atomic ones.
+  // anyone the atomic ones. Nobody else reads spawned_ before become_up().
   mutable std::mutex mutex_;
   std::atomic<State> state_{State::cold};
   std::atomic<bool> draining_{false}, stopping_{false};
@@ -4347,13 +4381,14 @@ private:
   // start, [1] of the latest one that had to wait, [2] empty, for localhost.
   std::string hosts_[3];
   Endpoint endpoint_{false, std::max(config_.target_port, 0)};
-  Status status_; // but for its state, pid, port, up_for and requests
+  Status status_; // without what status() and Shared::status() fill in
   std::atomic<std::uint64_t> requests_{0};
   Time last_use_{};
   SteadyClock::time_point began_{}, spawned_{}, up_since_{};
-  std::uint64_t failures_ = 0; // of starts
-  Failure failure_;            // the last one
-  Time start_at_{};            // not before
+  std::uint64_t failures_ = 0; // calls of fail_waiting()
+  // The reason of the latest one, or that an up target has exited since.
+  Failure failure_;
+  Time start_at_{}; // a request does not start the target before this
 
   std::thread thread_;
 };
@@ -4368,7 +4403,7 @@ inline std::string environment_variable(const char *name) {
   return value ? value : "";
 }
 
-// Vercel's side of the contract with a function of the runtime `executable`:
+// What a function of Vercel's runtime `executable` has to tell the platform:
 // JSON messages, each ended by a NUL, over a Unix socket. Reference:
 // internals/ipc-proxy in vercel/vercel. All functions may be called from any
 // thread; none of them waits for the platform.
@@ -4426,8 +4461,8 @@ public:
                                        ",\"message\":", json_string(message)));
   }
 
-  // Sends what was to be sent later at once, now and from now on; after
-  // `give_up`, nothing more.
+  // Sends at once what was to be sent later, now and from now on. With
+  // `give_up`, the writer ends when all is sent, or at that time.
   void flush(Time give_up = Time::max()) {
     const std::lock_guard<std::mutex> lock(mutex_);
     flushing_ = true;
@@ -4482,8 +4517,8 @@ private:
   Wakeup wakeup_;      // of the writer
   std::mutex mutex_;   // of all below
   std::string unsent_; // what the platform has not read yet
-  // By the time that has to pass while we run: background work makes no
-  // progress while the instance is frozen.
+  // By due time, in RunningClock's: background work makes no progress while the
+  // instance is frozen.
   std::multimap<Time, std::string> later_;
   bool flushing_ = false;
   Time give_up_ = Time::max();
@@ -4550,8 +4585,8 @@ small { font-size: .9rem; font-variant-numeric: tabular-nums }
 )html";
 
 // One request is kept open until the target is up: an instance that a platform
-// freezes between requests would not go on starting. Any error but 503 ends the
-// wait; window.stop() cancels a reload that Refresh may have begun.
+// freezes between requests would not go on starting. Any error of ours but 503
+// ends the wait; window.stop() cancels a reload that Refresh may have begun.
 inline constexpr std::string_view waiting_part =
     R"html(<title>%starting</title>
 <noscript><meta http-equiv="refresh" content="2; url=%url"></noscript>
@@ -4753,8 +4788,9 @@ inline std::string http_date(std::time_t time) {
   return text;
 }
 
-// Adds what every response of ours has: Date, Content-Length, Cache-Control
-// unless `lines` has it, CORS, Connection.
+// Adds what a response of ours needs: Date and Cache-Control unless `lines` has
+// them, Content-Type and Content-Length if it may have a body, CORS,
+// Connection.
 inline void write_reply(const Reply &reply, const RequestHead &request,
                         const Config &config, bool keep_alive,
                         std::string &out) {
@@ -4896,8 +4932,9 @@ public:
 private:
   int fd() const { return client_.socket.fd.get(); }
 
-  // Whether a call that failed can be repeated, now that the connection is
-  // ready. cpp-httplib's own time limits do not cover our streams.
+  // After a call that failed: waits until the socket is ready for another.
+  // False for any error but EAGAIN and EINTR, and after WARMPROXY_SEND_TIMEOUT
+  // without progress. cpp-httplib's own time limits do not cover our streams.
   bool wait(short events) {
     if (!would_block(errno)) { return false; }
     pollfd socket{fd(), events, 0};
@@ -4970,7 +5007,7 @@ private:
   const RequestHead &request_;
   const Config &config_;
   std::string request_head_;  // as own routes see it
-  std::size_t head_read_ = 0; // of that
+  std::size_t head_read_ = 0; // bytes of request_head_
   Framing body_;              // of the request
   std::string head_;          // of the response, while it is not complete
   Framing response_;
@@ -5122,8 +5159,9 @@ call_pre_routing_handler(const httplib::Server::HandlerWithResponse &handler,
 
 // ---- Worker: what connections share -----------------------------------------
 
-// The client connections of one event loop that are between two requests. At
-// `max_connections`, the one that has been idle for longest makes room.
+// The client connections of one event loop without a request under way, new and
+// lingering ones included. At `max_connections`, the one that has been idle for
+// longest makes room.
 class IdleClients : public Task {
 public:
   explicit IdleClients(Loop &loop) : loop_(loop) {}
@@ -5190,7 +5228,7 @@ struct Worker {
   Loop loop;
   UpstreamPool pool{loop};
   IdleClients idle_clients{loop};
-  ResponseHead response; // that is read now: its memory serves the next one
+  ResponseHead response; // the one being read: its memory serves the next one
 };
 
 // What all connections of a server share.
@@ -5201,7 +5239,7 @@ struct Shared {
         log(config), vercel(v), workers(make_workers()),
         supervisor(
             config, log, [this] { notify_all(); },
-            [this] { await_no_idle_upstreams(); }) {}
+            [this] { close_idle_upstreams_and_wait(); }) {}
 
   Status status() const {
     auto status = supervisor.status();
@@ -5224,7 +5262,7 @@ struct Shared {
   // the descriptor we lack.
   void close_idle_upstreams() {
     for (const auto &worker : workers) {
-      worker->pool.close_all();
+      worker->pool.request_close_idle();
     }
   }
   // The server of own routes for this path, or null.
@@ -5234,7 +5272,8 @@ struct Shared {
     }
     return nullptr;
   }
-  // Logs what may come with every response only once.
+  // For what may come with every response: logs a line once, and no more than
+  // 100 different ones.
   void log_once(const std::string &line) {
     std::unique_lock<std::mutex> lock(mutex);
     if (logged.size() == 100 || !logged.insert(line).second) { return; }
@@ -5273,8 +5312,8 @@ private:
   }
 
   // For a target that is to end, and may wait for the end of its connections
-  // first. Loops that do not run hold none.
-  void await_no_idle_upstreams() {
+  // first. Waits up to 100 ms. Loops that do not run hold none.
+  void close_idle_upstreams_and_wait() {
     close_idle_upstreams();
     const auto deadline = SteadyClock::now() + milliseconds(100);
     for (const auto &worker : workers) {
@@ -5288,7 +5327,8 @@ private:
 // ---- Exchange: one request with the target ----------------------------------
 
 // One direction of an exchange: `head` goes out first, then the bytes of
-// `source` that belong to the message.
+// `source` that belong to the message. With `dechunk`, `head` has the content,
+// too, and of a response of our own all.
 struct Flow {
   Flow(Buffer &from, Socket *to) : source(from), sink(to) {}
 
@@ -5303,7 +5343,7 @@ struct Flow {
       return;
     }
     framed += framing.take(source.view().substr(framed));
-    while (framing.at_superfluous()) {
+    while (framing.at_superfluous_blank()) {
       source.erase(framed);
       framed += framing.take(source.view().substr(framed));
     }
@@ -5366,7 +5406,8 @@ public:
            int &sends_left)
       : worker_(worker), shared_(worker.shared), client_(client),
         request_(request), sends_left_(sends_left),
-        // RFC 9110, section 9.2.2: only what changes nothing may be sent again.
+        // Stricter than RFC 9110, section 9.2.2, which lets idempotent methods
+        // be sent again: those may change something.
         repeatable_(request.is_safe() && request.framing.done()),
         received_(worker.loop.buffers), upload_(client.received, nullptr),
         download_(received_, &client.socket) {
@@ -5384,7 +5425,8 @@ public:
     if (upstream_) { worker_.pool.close(std::move(upstream_)); }
   }
 
-  // Moves bytes in both directions at once, each until its framing is done.
+  // One step: gets an upstream connection if there is none, or else reads and
+  // writes at most once in each direction.
   Result run() {
     moved_ = false;
     if ((upstream_ ? check_progress() : await_target()) && write_both() &&
@@ -5483,9 +5525,9 @@ private:
                 concat("cannot connect to the target: ", error_text(error)));
   }
 
-  // The upstream connection ended before a response. Only a request that
-  // changes nothing is sent again, and once at most on a new connection; a
-  // stale idle one is no evidence about the target.
+  // The upstream connection was refused or ended before a response. Only a
+  // request that changes nothing is sent again, and once at most after it was
+  // sent on a new connection; a stale idle one is no evidence about the target.
   bool no_response() {
     if (!is_new_) { worker_.pool.note_early_end(); }
     if (upload_.moved) {
@@ -5502,8 +5544,8 @@ private:
 
   // A connect that takes long has met a full backlog, and the kernel would try
   // again after 1, 3 and 7 s. Another attempt gets in as soon as there is room,
-  // which 200 first requests at once need. So it goes on for as long as the
-  // client waits: a busy target is not a dead one.
+  // as when 200 first requests arrive at once. Only the client's patience ends
+  // this: a busy target is not a dead one.
   bool check_progress() {
     if (worker_.loop.now() < check_at_) { return true; }
     check_interval_ = std::min<milliseconds>(check_interval_ * 2, seconds(1));
@@ -5528,8 +5570,8 @@ private:
     }
     if (download_.can_write()) {
       if (!download_.write()) { return end(Result::abort); }
-      // A client that is gone resets the connection now: one that does not may
-      // read slowly, or wait for more.
+      // A client that is gone answers this with a reset. One that does not may
+      // read slowly, without a limit, or wait for more, for 5 s.
       if (half_closed_) {
         gone_at_ =
             download_.pending() ? Time::max() : worker_.after(seconds(5));
@@ -5605,7 +5647,8 @@ private:
                  ? no_response()
                  : bad_response("it ended within its head");
     }
-    // Only these two end with the connection; any other body is truncated.
+    // A body that ends with the connection, or a tunnel. Any other is
+    // truncated.
     if (!orderly || download_.framing.mode() < Framing::Mode::until_close) {
       return end(Result::abort);
     }
@@ -5638,7 +5681,7 @@ private:
           !response.keep_alive) {
         return no_response();
       }
-      upstream_lasts_ &= !response.corrected;
+      upstream_lasts_ &= !response.must_close;
       if (response.status >= 200 || response.is_switching()) {
         begin_response(response);
       } else if (request_.minor == 1) { // RFC 9110, section 15.2
@@ -5730,9 +5773,9 @@ private:
   Time show_page_at_ = Time::max(); // the waiting page, to a browser
   Time check_at_ = Time::max();     // check_progress() of a new connection
   milliseconds check_interval_{20}; // doubles up to 1 s
-  Time stalled_at_ = Time::max();   // when idle connections are closed for it
-  bool half_closed_ = false;        // the client sends no more,
-  Time gone_at_ = Time::max();      // and then counts as gone
+  Time stalled_at_ = Time::max();   // when to close idle ones for a new one
+  bool half_closed_ = false;        // the client sends no more
+  Time gone_at_ = Time::max();      // when a half-closed client counts as gone
 };
 
 // ---- Connection: one client, one request after the other --------------------
@@ -5761,8 +5804,9 @@ struct Request {
   }
 
   Vercel *const vercel;
-  std::string invocation_id, request_id; // empty: no `end` is sent
-  milliseconds background_work{0};       // of the target, after the response
+  std::string invocation_id;       // empty: no `end` is sent
+  std::string request_id;          // empty: it is sent as 0
+  milliseconds background_work{0}; // of the target, after the response
   RequestHead head;
   int sends_left = WARMPROXY_MAX_ATTEMPTS;
   std::optional<Exchange> exchange;
@@ -5795,7 +5839,7 @@ public:
     }
     if (shared_.aborting) {
       if (!loan_) { return Next::close; }
-      // The descriptor is not ours alone: shut down, it ends the loan.
+      // An own route is using the socket: shutting it down ends the loan.
       if (!socket.broken) { ::shutdown(socket.fd.get(), SHUT_RDWR); }
     }
     for (int i = 0; i < WARMPROXY_STEPS_PER_TURN; ++i) {
@@ -5855,7 +5899,7 @@ private:
       deadline_ = std::min(deadline_, worker_.after(seconds(1)));
     }
     const auto step = receive();
-    return step == Next::close && is_late() && searched_ > 0
+    return step == Next::close && is_late()
                ? begin_request(searched_,
                                {408, "the request head took too long"})
                : step;
@@ -5915,7 +5959,7 @@ private:
 
   // ---- Own routes
 
-  // The socket stays watched: what happens to it meanwhile is not looked at.
+  // The socket stays watched, but its events are ignored while it is lent.
   Step lend(RouteServer &server) {
     loan_ = std::make_unique<Loan>(*this, request_->head, shared_.config,
                                    is_evicted || shared_.draining);
@@ -6021,7 +6065,7 @@ private:
   std::unique_ptr<Loan> loan_; // while an own route serves the connection
   bool returned_ = false;      // the own route has responded
   Flow response_;              // of our own
-  bool keep_alive_ = false;    // after it
+  bool keep_alive_ = false;    // after response_
   // Set once we have shut down our side: how long to wait for the client's.
   std::optional<Time> linger_until_;
 };
@@ -6032,16 +6076,16 @@ class Server {
 public:
   // Throws std::system_error. `vercel` may be null.
   Server(const Options &options, Vercel *vercel) : shared(options, vercel) {}
-  // Stops, and waits for run() to return.
+  // Stops, and waits for run() or listen() to return.
   ~Server() {
     stop();
     const std::lock_guard<std::mutex> lock(run_mutex_);
   }
 
-  // Returns the port, 0 being a free one, or -1, and errno where it is known.
-  // cpp-httplib resolves the host and binds. Its accept loop is not used: it
-  // ends for good on ECONNABORTED (a client that resets before it is accepted)
-  // and spins on EMFILE.
+  // Port 0 picks a free one. Returns the port, or -1, and errno where it is
+  // known. cpp-httplib resolves the host and binds. Its accept loop is not
+  // used: it ends for good on ECONNABORTED (a client that resets before it is
+  // accepted) and spins on EMFILE.
   int bind(const std::string &host, int port) {
     if (has_run_) { return -1; }
     int fd = -1;
@@ -6069,7 +6113,8 @@ public:
     return local_address(listening_.fd).port();
   }
 
-  // The same with bind(), so that the destructor waits for that, too.
+  // bind() and run() under one lock, so that the destructor waits for bind(),
+  // too.
   bool listen(const std::string &host, int port) {
     const std::unique_lock<std::mutex> lock(run_mutex_, std::try_to_lock);
     return lock && bind(host, port) >= 0 && serve();
@@ -6156,7 +6201,8 @@ private:
     paused_until_ = {};
     accept_batch(std::numeric_limits<int>::max());
     own_loop().forget(listening_);
-    // Also for a child that the embedding program has forked meanwhile.
+    // A child that the embedding program has forked may hold it: close(2) alone
+    // would leave it listening.
     ::shutdown(listening_.fd.get(), SHUT_RDWR);
     listening_.fd.reset();
   }
@@ -6172,7 +6218,7 @@ private:
     }
   }
 
-  // False if it takes descriptors or memory that others have to free.
+  // False if others have to free descriptors or memory first.
   bool accept_one(bool full) {
     SocketAddress address;
     Descriptor client(::accept4(listening_.fd.get(), address.get(),
@@ -6255,7 +6301,7 @@ private:
 
   Socket listening_;
   Time paused_until_{};  // accepting
-  std::mutex run_mutex_; // held by run()
+  std::mutex run_mutex_; // held by run() and listen()
   std::atomic<bool> has_run_{false}, over_{false};
   std::vector<std::thread> threads_; // of all loops but own_loop()
 };
@@ -6340,9 +6386,8 @@ inline bool read_value(std::string_view text, std::vector<std::string> &value) {
 
 // ---- Settings: the table
 
-inline bool is_text(std::string_view text) { // for the kernel, the resolver
-  return !contains(text, '\0');
-}
+// For the kernel and the resolver, which see the text up to the first NUL.
+inline bool has_no_nul(std::string_view text) { return !contains(text, '\0'); }
 
 inline bool is_path(std::string_view text) {
   return text.empty() || (text[0] == '/' && is_clean(text));
@@ -6400,15 +6445,16 @@ inline std::vector<Setting> settings(Options &o) {
   constexpr auto a_time = "a duration, such as 500ms, 45s, 10m, 2h or 30d";
   return {
       {"binary", "the program to run", o.binary,
-       "the name or path of a program", is_text},
+       "the name or path of a program", has_no_nul},
       {"args", "its arguments, quoted as in a shell", o.args,
-       "a list of arguments with all quotes closed", all<is_text>, split_words},
+       "a list of arguments with all quotes closed", all<has_no_nul>,
+       split_words},
       {"target_port", "its port; 0: a free one; auto: its own choice",
        o.target_port, "a port (0 to 65535) or auto", within(any_port, 65535)},
       {"directory", "its working directory", o.directory,
-       "the path of a directory", is_text},
+       "the path of a directory", has_no_nul},
       {"scratch", "where to make a writable copy of that", o.scratch,
-       "the path of a directory", is_text},
+       "the path of a directory", has_no_nul},
       {"strip_prefix", "path prefix to remove from requests", o.strip_prefix,
        "a path without blanks", is_clean},
       {"prewarm", "1: do not wait for the first request", o.prewarm, a_flag,
@@ -6426,7 +6472,7 @@ inline std::vector<Setting> settings(Options &o) {
        o.background_work, a_time, is_time},
       {"max_connections", "simultaneous client connections", o.max_connections,
        "a number above 0", within(std::size_t{1}, SIZE_MAX)},
-      {"keep_alive_timeout", "of idle client connections; 0: never",
+      {"keep_alive_timeout", "idle timeout of clients; 0: never",
        o.keep_alive_timeout, a_time, is_time},
       {"trust_proxy", "1: believe forwarding headers of clients", o.trust_proxy,
        a_flag, is_flag},
@@ -6435,14 +6481,14 @@ inline std::vector<Setting> settings(Options &o) {
        all<is_origin>},
       {"cdn_cache", "how long a CDN may keep scripts and styles", o.cdn_cache,
        a_time, is_time},
-      {"waiting_page_after", "when browsers see one; 0: never",
+      {"waiting_page_after", "when browsers get a page; 0: never",
        o.waiting_page_after, a_time, is_time},
       {"status_path", "path of status and metrics", o.status_path, a_path,
        is_path},
       {"port", "where we listen; 0: a free port", o.port, "a port (0 to 65535)",
        within(0, 65535)},
       {"host", "the address on which we listen", o.host, "an address",
-       is_text}};
+       has_no_nul}};
 }
 
 // Reads the variables for which `lookup` returns a value, not null. The first
@@ -6465,7 +6511,7 @@ Options read_settings(Options options, Lookup &&lookup) {
   return options;
 }
 
-// Returns nothing, or what cannot be served, naming the field.
+// Returns "", or what cannot be served, naming the field.
 inline std::string validate(Options options) {
   if (!options.error.empty()) { return options.error; }
   for (const auto &setting : settings(options)) {
@@ -6478,7 +6524,7 @@ inline std::string validate(Options options) {
   }
   auto texts = options.args; // of the target
   for (const auto &[name, value] : options.env) {
-    if (name.empty() || contains(name, '=') || !is_text(name + value)) {
+    if (name.empty() || contains(name, '=') || !has_no_nul(name + value)) {
       return concat("Options::env has a variable that cannot exist: \"", name,
                     "\"");
     }
@@ -6652,9 +6698,10 @@ inline void raise_file_limit() {
 
 // ---- serve: signals
 
-// Blocks the signals that serve() waits for, and returns them. To be called
-// before there are threads, which inherit this.
-inline sigset_t block_signals() {
+// Blocks the signals that serve() waits for, and returns them; sets the actions
+// of SIGPIPE, SIGXFSZ and SIGCHLD. To be called before there are threads, which
+// inherit the mask.
+inline sigset_t set_up_signals() {
   sigset_t signals;
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);
@@ -6751,7 +6798,7 @@ inline int serve(Options options, int argc, const char *const *argv) {
   }
   detail::apply_command_line(argc, argv, options);
 
-  const auto signals = detail::block_signals();
+  const auto signals = detail::set_up_signals();
   const detail::Log log(options);
   std::unique_ptr<detail::Vercel> vercel;
   const auto give_up = [&](int status, const std::string &reason) {

@@ -349,7 +349,7 @@ TEST_CASE("response head: as the target sent it") {
     CHECK(!parse_response(head_of("HTTP/1.1 200 OK", lines), "GET", head));
     CHECK(lines_of(head) == lines);
     CHECK(head.status_and_reason == "200 OK");
-    CHECK(!head.corrected);
+    CHECK(!head.must_close);
     CHECK(head.repairs.empty());
   }
 }
@@ -407,7 +407,7 @@ TEST_CASE("response head: what is repaired, or left out") {
     CHECK(refusal.status == 0);
     CHECK(lines_of(head) == c.read);
     CHECK(name_of(head.framing.mode()) == c.framing);
-    CHECK(head.corrected);
+    CHECK(head.must_close);
     CHECK(head.repairs.size() > 0);
   }
 }
@@ -444,7 +444,7 @@ TEST_CASE("response head: an empty line before the status line") {
   CHECK(!parse_response(text, "GET", head));
   CHECK(head.status == 200);
   CHECK(lines_of(head) == "A: 1\r\n");
-  CHECK(head.corrected);
+  CHECK(head.must_close);
 }
 
 TEST_CASE("response head: what is refused") {
@@ -492,7 +492,7 @@ TEST_CASE("response head: what is refused") {
 TEST_CASE("response head: a body where none may be") {
   const struct {
     const char *status, *lines, *read;
-    bool corrected;
+    bool must_close;
   } cases[] = {
       {"204 No Content", "A: 1\r\n", "A: 1\r\n", false},
       {"204 No Content", "Content-Length: 0\r\n", "", false},
@@ -514,7 +514,7 @@ TEST_CASE("response head: a body where none may be") {
                           head));
     CHECK(lines_of(head) == c.read);
     CHECK(head.framing.done());
-    CHECK(head.corrected == c.corrected);
+    CHECK(head.must_close == c.must_close);
   }
 }
 
@@ -525,7 +525,7 @@ TEST_CASE("response head: HEAD keeps the lines and has no body") {
     CHECK(!parse_response(head_of("HTTP/1.1 200 OK", lines), "HEAD", head));
     CHECK(lines_of(head) == lines);
     CHECK(head.framing.done());
-    CHECK(!head.corrected);
+    CHECK(!head.must_close);
   }
 }
 
@@ -606,7 +606,7 @@ Body take_all(Framing framing, const std::string &bytes, std::size_t portion) {
       const auto n = framing.take(buffer);
       body.taken += buffer.substr(0, n);
       buffer.erase(0, n);
-      if (!framing.at_superfluous()) { break; }
+      if (!framing.at_superfluous_blank()) { break; }
       buffer.erase(0, 1);
     }
     if (framing.malformed()) { break; }

@@ -1,6 +1,7 @@
 """The rows of the benchmark: what is done with each peer, and measured."""
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -299,10 +300,10 @@ class Measure:
                 started.append(peer)
         rows = self.warm_rows()
         for i in range(self.options.rounds):
-            # Each round begins with another peer: none always follows the same.
-            order = started[i % len(started):] + started[:i % len(started)]
             for row, function, arguments in rows:
-                for peer in order:
+                # In any order: a peer that always followed the same one would
+                # be measured while that one still winds down.
+                for peer in random.sample(started, len(started)):
                     if i < peer.rounds:
                         self.attempt(row, peer, function, *arguments)
         for peer in started:

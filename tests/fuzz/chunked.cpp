@@ -70,7 +70,7 @@ std::string sent_on(Framing framing, std::string_view bytes, Next next) {
       const auto taken = framing.take(buffer);
       sent += buffer.substr(0, taken);
       buffer.erase(0, taken);
-      if (!framing.at_superfluous()) { break; }
+      if (!framing.at_superfluous_blank()) { break; }
       REQUIRE(!buffer.empty() && (buffer[0] == ' ' || buffer[0] == '\t'),
               "no blank where one is superfluous");
       buffer.erase(0, 1);

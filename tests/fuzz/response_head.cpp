@@ -96,9 +96,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data,
   REQUIRE(expected, "the reference refuses it");
   compare(head, *expected);
 
-  REQUIRE(head.corrected || head.repairs.empty(), "a repair is not told");
-  REQUIRE(!head.corrected || !head.repairs.empty() || head.status == 304,
-          "corrected, but what?");
+  REQUIRE(head.must_close || head.repairs.empty(), "a repair is not told");
+  REQUIRE(!head.must_close || !head.repairs.empty() || head.status == 304,
+          "must close, but why?");
 
   // Line by line with proper ends, it is the same to a strict reader.
   std::string again = "HTTP/1." + std::to_string(head.minor) + " " +
