@@ -3757,15 +3757,15 @@ public:
     const milliseconds patience(WARMPROXY_PROBE_PATIENCE);
     return now < later(not_yet_at_, patience) ? not_yet_ : "";
   }
-  // Whether an attempt may be made before it is due.
-  bool can_ask() const {
-    return !endpoints_.empty() && !is_ready() && !is_open();
-  }
-  // When the next attempt is due.
-  Time ask_at() const {
+  // When the next attempt is due. A target that is not being asked at the
+  // deadline is asked once more.
+  Time ask_at(Time deadline) const {
     const bool both_open = earlier_.is_open() && latest_.is_open();
     if (endpoints_.empty() || is_ready() || both_open) { return Time::max(); }
-    return std::max(earlier_.next_at(began_), latest_.next_at(began_));
+    const auto next =
+        std::max(earlier_.next_at(began_), latest_.next_at(began_));
+    const bool was_last = latest_.began_at() >= deadline;
+    return is_open() || was_last ? next : std::min(next, deadline);
   }
   void add_events(std::vector<pollfd> &events, Time &until) const {
     for (const auto *attempt : {&earlier_, &latest_}) {
@@ -4136,12 +4136,8 @@ private:
         return fail(502, concat("the target ", process_.exit_text(),
                                 " before it was up", process_.exit_hint()));
       }
-      look_for_port(now);
-      // A target that is not being asked at the deadline is asked once more.
-      const bool over = now >= deadline;
-      const bool is_last =
-          over && probe_.can_ask() && probe_.latest().began_at() < deadline;
-      if (is_last || now >= probe_.ask_at()) { ask(now); }
+      look_for_port(now, deadline);
+      if (now >= probe_.ask_at(deadline)) { ask(now); }
       if (is_ready(now)) { return true; }
       if (!process_.started() &&
           probe_.latest().state() == Probe::State::no_connection) {
@@ -4154,8 +4150,8 @@ private:
         if (!problem.empty()) { log_(problem); }
         report_at = problem.empty() ? later(now, settling_time) : Time::max();
       }
-      now = wait(std::min({over ? give_up_at : deadline, probe_.ask_at(),
-                           look_again_at_, report_at}));
+      now = wait(std::min(
+          {give_up_at, probe_.ask_at(deadline), look_again_at_, report_at}));
     }
   }
 
@@ -4174,9 +4170,9 @@ private:
   // With any_port: finds out which port is the program's, every 50 ms, and
   // right before each probe and before the target counts as ready, since a port
   // that it has given up may be a stranger's.
-  void look_for_port(Time now) {
-    const bool due =
-        now >= look_again_at_ || now >= probe_.ask_at() || is_ready(now);
+  void look_for_port(Time now, Time deadline) {
+    const bool due = now >= look_again_at_ || now >= probe_.ask_at(deadline) ||
+                     is_ready(now);
     if (!finds_port() || !due) { return; }
     look_again_at_ = later(now, milliseconds(50));
     const auto found = only_endpoint(listeners_of(process_.pid()));
