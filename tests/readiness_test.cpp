@@ -693,6 +693,22 @@ TEST_CASE("time: an idle target is only timed while we run") {
   CHECK(proxy.printed("target stopped: idle for 4 s"));
 }
 
+// The pause after an answer must not cover the deadline.
+TEST_CASE(
+    "readiness: a target that is not being asked at the deadline is asked "
+    "once more") {
+  using namespace warmproxy::detail;
+  Probe probe({{false, support::free_port()}});
+  probe.ask("/", "localhost", RunningClock::now());
+  REQUIRE(probe.latest().state() == Probe::State::no_connection);
+  const auto next = probe.ask_at(Time::max());
+  const auto deadline = next - std::chrono::microseconds(1);
+  CHECK(probe.ask_at(next + seconds(1)) == next);
+  CHECK(probe.ask_at(deadline) == deadline);
+  probe.ask("/", "localhost", deadline);
+  CHECK(probe.ask_at(deadline) > deadline);
+}
+
 TEST_CASE("time: milliseconds::max() means never") {
   const auto never = Milliseconds::max();
   auto options = fake_target({"--listen-after", "300"});
