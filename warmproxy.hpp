@@ -217,8 +217,10 @@ struct Options {
   int target_port = 0;
   // Variables added to the program's environment; they override inherited ones.
   // "{port}" is replaced as in `args`. Never inherited: WARMPROXY_* and
-  // VERCEL_IPC_PATH, which are meant for the proxy, and HOST and HOSTNAME,
-  // which make some servers listen on other addresses than loopback.
+  // VERCEL_IPC_PATH, which are meant for the proxy; HOST and HOSTNAME, which
+  // make some servers listen on other addresses than loopback; and LISTEN_FDS
+  // and NODE_CHANNEL_FD with their companions, since the descriptors that they
+  // name are closed.
   std::map<std::string, std::string> env;
   // The program's working directory; it must exist. Default: the current one.
   std::string directory;
@@ -399,12 +401,12 @@ private:
 // Kubernetes sets for a Service named "warmproxy".
 Options options_from_env(Options defaults);
 
-// For main(): listens on Options::host and Options::port until SIGTERM, SIGINT
-// or SIGHUP, drains, stops the target and returns 0. Returns 1 if it cannot
-// listen or is out of a resource at the start, and 2 for bad settings or a
-// program that cannot be run. A second signal ends it at once. As PID 1 it also
-// reaps orphans. On Vercel (VERCEL_IPC_PATH is set) it keeps to the runtime's
-// contract.
+// For main(): listens on Options::host and Options::port until SIGTERM, SIGINT,
+// SIGHUP or SIGQUIT, drains, stops the target and returns 0. Returns 1 if it
+// cannot listen or is out of a resource at the start, and 2 for bad settings or
+// a program that cannot be run. A second signal ends it at once, but for the
+// same one within 0.1 s. As PID 1 it also reaps orphans. On Vercel
+// (VERCEL_IPC_PATH is set) it keeps to the runtime's contract.
 //
 // With main()'s arguments it answers --help and --version, and takes a command
 // like tini and env do: `warmproxy [--] ./server --port {port}` sets `binary`
@@ -3125,10 +3127,16 @@ inline Program prepare_program(const Config &config, const Log &log,
 }
 
 // HOST, and HOSTNAME, which Docker sets, make some servers listen on other
-// addresses than loopback. The others are meant for us.
+// addresses than loopback. LISTEN_* (systemd) and NODE_CHANNEL_* (a parent that
+// is Node, such as pm2) name descriptors, which the target does not inherit.
+// The others are meant for us.
 inline bool is_inherited(std::string_view name) {
-  return name != "HOST" && name != "HOSTNAME" && name != "VERCEL_IPC_PATH" &&
-         !starts_with(name, "WARMPROXY_");
+  for (const std::string_view kept_back :
+       {"HOST", "HOSTNAME", "VERCEL_IPC_PATH", "LISTEN_FDS", "LISTEN_FDNAMES",
+        "LISTEN_PID", "NODE_CHANNEL_FD", "NODE_CHANNEL_SERIALIZATION_MODE"}) {
+    if (name == kept_back) { return false; }
+  }
+  return !starts_with(name, "WARMPROXY_");
 }
 
 // The target's environment: "NAME=value" by NAME.
@@ -3439,7 +3447,9 @@ private:
   // execve(2).
   [[noreturn]] void become_target(const Program &program, char *const *argv,
                                   char *const *envp, int report, pid_t parent) {
-    ::setpgid(0, 0);
+    // Its own process group, and no terminal: a background group would be
+    // stopped when it uses that.
+    ::setsid();
     pid_ = ::getpid(); // before it can end: as PID 1 we reap what is not owned
 #ifdef __linux__
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -4258,9 +4268,11 @@ private:
       const auto now = RunningClock::now();
       auto until = Time::max();
       if (process_.exited()) { return note_exit(); }
+      const bool has_port = follow_port(now);
       if (state_ == State::up) {
+        until = look_again_at_;
         if (stop_if_idle(until)) { return; }
-      } else if (!refuses_connections()) {
+      } else if (has_port && !refuses_connections()) {
         refusing_since = Time::max();
         set_state(State::up);
         continue;
@@ -4275,6 +4287,37 @@ private:
       }
       wait(until);
     }
+  }
+
+  // With any_port: whether the program still has its port. One that restarts
+  // itself may open another, and the old one may be a stranger's then: it is
+  // looked for every second, and the new one is used once it has settled. What
+  // opens beside a settled port does not matter.
+  bool follow_port(Time now) {
+    if (!finds_port()) { return true; }
+    const bool settled = now >= settles_at_;
+    if (now >= look_again_at_) {
+      const bool is_up = state_ == State::up;
+      look_again_at_ = later(now, milliseconds(is_up ? 1000 : 50));
+      const auto sockets = listeners_of(process_.pid());
+      const auto found = only_endpoint(sockets);
+      const bool kept =
+          settled && std::any_of(sockets.begin(), sockets.end(),
+                                 [this](const ListeningSocket &socket) {
+                                   return socket.port == endpoint_.port;
+                                 });
+      // None at all: we may lack descriptors for looking.
+      const bool unknown = is_up && sockets.empty();
+      if (!kept && !unknown && found.port != endpoint_.port) {
+        settles_at_ = later(now, settling_time);
+        const Lock lock(mutex_);
+        state_ = State::starting;
+        endpoint_ = found;
+        if (found.port) { ++status_.starts; } // ends the use of old connections
+        return false;
+      }
+    }
+    return settled && endpoint_.port != 0;
   }
 
   // Anything but ECONNREFUSED, such as a full backlog or a lack of descriptors
@@ -4315,15 +4358,16 @@ private:
   }
 
   // Whether the target has been idle for `idle_stop` and is stopping now; else
-  // `until` is when to look again.
+  // `until` is when to look again, if that is earlier.
   bool stop_if_idle(Time &until) {
     if (!config_.idle_stop.count() || !process_.started()) { return false; }
     {
       const Lock lock(mutex_);
       const auto now = RunningClock::now();
       if (status_.in_flight) { last_use_ = now; }
-      until = later(last_use_, config_.idle_stop);
-      if (now < until) { return false; }
+      const auto idle_at = later(last_use_, config_.idle_stop);
+      until = std::min(until, idle_at);
+      if (now < idle_at) { return false; }
       pause_ = milliseconds(0);
       state_ = State::stopping;
     }
@@ -4906,7 +4950,6 @@ public:
     const auto n = body_.take(std::string_view(received).substr(0, size));
     received.copy(data, n);
     received.erase(0, n);
-    broken_ |= body_.malformed();
     return n ? static_cast<ssize_t>(n) : -1;
   }
 
@@ -4967,9 +5010,13 @@ private:
     }
     responding_ = response.status >= 200;
     response_ = response.framing;
+    // RFC 9110, section 15.2
+    if (!responding_ && request_.minor == 0) { return; }
     std::string out = concat("HTTP/1.1 ", response.status_and_reason, "\r\n");
     for (const auto &field : response.fields) {
-      const bool left_out = field.is("Transfer-Encoding") && is_dechunked();
+      // RFC 9112, section 6.1
+      const bool left_out =
+          field.is("Transfer-Encoding") && request_.minor == 0;
       if (!left_out && !response.is_hop_by_hop(field)) {
         append(out, field.line, "\r\n");
       }
@@ -4988,12 +5035,14 @@ private:
     send_all(out += "\r\n");
   }
 
-  // An HTTP/1.0 client gets the content of chunks alone.
+  // An HTTP/1.0 client gets the content of chunks alone. What goes beyond the
+  // response, such as the body of a 204, is left out.
   void send_body(std::string_view body) {
     std::string content;
     const bool dechunk = is_dechunked();
-    broken_ |= response_.take(body, dechunk ? &content : nullptr) < body.size();
-    send_all(dechunk ? content : body);
+    const auto n = response_.take(body, dechunk ? &content : nullptr);
+    broken_ |= response_.malformed();
+    send_all(dechunk ? content : body.substr(0, n));
   }
   bool is_dechunked() const {
     return request_.minor == 0 && response_.mode() == Framing::Mode::chunked;
@@ -5529,7 +5578,8 @@ private:
     if (upload_.moved) {
       --sends_left_;
       if (is_new_) { sends_left_ = std::min(sends_left_, 1); }
-      if (!repeatable_) { sends_left_ = 0; }
+      // What has been sent to the client is a 1xx.
+      if (!repeatable_ || download_.moved) { sends_left_ = 0; }
     }
     if (sends_left_ == 0) {
       return fail(502, "the target closed the connection without a response");
@@ -5579,8 +5629,12 @@ private:
 
   // Either side of a tunnel may close while the other still sends.
   bool advance_tunnel() {
-    // Both directions are closed, and not by us: the connection was reset.
-    if (upload_.stopped || (client_.socket.broken && !download_.shut)) {
+    // The target has reset its connection: what it sent before goes out first.
+    if (upload_.stopped && download_.finished()) { return end(Result::done); }
+    // So does what a client has sent before a reset: recv(2) returns that
+    // first, and then the reset, but not once it has returned the end.
+    if (client_.socket.broken && !download_.shut && !upload_.can_write() &&
+        (upload_.pending() || half_closed_)) {
       return end(Result::abort);
     }
     if (half_closed_) { upload_.framing.close(); }
@@ -5638,10 +5692,9 @@ private:
   }
 
   bool upstream_ended(bool orderly) {
-    if (!responding_) { // what has moved is a 1xx
-      return received_.empty() && !download_.moved
-                 ? no_response()
-                 : bad_response("it ended within its head");
+    if (!responding_) {
+      return received_.empty() ? no_response()
+                               : bad_response("it ended within its head");
     }
     // A body that ends with the connection, or a tunnel. Any other is
     // truncated.
@@ -6702,7 +6755,8 @@ inline sigset_t set_up_signals() {
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGCHLD);
-  for (const int number : {SIGINT, SIGHUP}) {
+  // SIGQUIT is the stop signal of many an image, nginx's among them.
+  for (const int number : {SIGINT, SIGHUP, SIGQUIT}) {
     struct sigaction action = {};
     ::sigaction(number, nullptr, &action); // nohup(1) has it ignored
     if (action.sa_handler != SIG_IGN) { sigaddset(&signals, number); }
@@ -6746,6 +6800,13 @@ inline void handle_signals(Server &server, const sigset_t &signals,
     if (shared.draining) { ::_exit(128 + number); }
     server.stop();
     if (shared.vercel) { shared.vercel->flush(); }
+    // Some send it twice at once: timeout(1) to us and to our process group. A
+    // SIGCHLD ends the wait, since the target may have nothing left to do.
+    sigset_t same;
+    sigemptyset(&same);
+    sigaddset(&same, number);
+    sigaddset(&same, SIGCHLD);
+    ::sigtimedwait(&same, nullptr, &briefly);
     shared.log(
         "stopping: running requests may finish; a second signal ends them");
   }

@@ -19,7 +19,7 @@ TEST_CASE("drain: what is in progress may finish") {
   TemporaryDirectory directory;
   for (const auto &activity : activities(directory)) {
     CAPTURE(activity.name);
-    for (const int signal : {SIGTERM, SIGINT}) {
+    for (const int signal : {SIGTERM, SIGINT, SIGQUIT}) {
       unlink((directory / "gate").c_str());
       Marked proxy(activity.args);
       RawClient idle(proxy.port());
@@ -152,6 +152,26 @@ TEST_CASE("drain: a second signal ends warmproxy and the target at once") {
     CHECK(proxy.wait() == 128 + SIGINT);
     CHECK(proxy.nothing_left());
   }
+}
+
+// timeout(1) sends it to its child and to its process group.
+TEST_CASE("drain: a signal that comes twice at once counts once" *
+          doctest::skip(!on_linux)) {
+  ServeProcess proxy(serve_fake());
+  RawClient client(proxy.port());
+  client.send("GET /sse?n=2&gate=/nonexistent HTTP/1.1\r\nHost: test\r\n\r\n");
+  client.read_until("data: 1\n\n");
+  // Both are pending when it goes on: one for a thread, one for the process.
+  proxy.signal(SIGSTOP);
+  for (const auto &thread :
+       std::filesystem::directory_iterator(proc_file(proxy.pid(), "task"))) {
+    syscall(SYS_tgkill, proxy.pid(),
+            std::stoi(thread.path().filename().string()), SIGTERM);
+  }
+  proxy.signal(SIGTERM);
+  proxy.signal(SIGCONT);
+  CHECK(proxy.printed("stopping"));
+  CHECK(proxy.wait() == 0);
 }
 
 TEST_CASE("drain: stop() leaves no process behind") {

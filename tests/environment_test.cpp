@@ -65,12 +65,34 @@ TEST_CASE("environment: nothing is added but PORT and PWD") {
                               "EMPTY=", "LANG=C=C"});
 }
 
-TEST_CASE("environment: HOST and HOSTNAME are not inherited") {
+TEST_CASE("environment: what would mislead the target is not inherited") {
+  const std::map<std::string, std::string> misleading = {
+      {"HOST", "0.0.0.0"},
+      {"HOSTNAME", "0123456789ab"},
+      {"LISTEN_FDS", "1"},
+      {"LISTEN_FDNAMES", "http"},
+      {"LISTEN_PID", "1"},
+      {"NODE_CHANNEL_FD", "3"},
+      {"NODE_CHANNEL_SERIALIZATION_MODE", "json"}};
   auto environment = serve_fake();
-  environment["HOST"] = "0.0.0.0";
-  environment["HOSTNAME"] = "0123456789ab";
+  environment.insert(misleading.begin(), misleading.end());
+  environment["LISTEN_ADDR"] = "meant";
   ServeProcess proxy(environment);
-  CHECK(!has("\n" + get(proxy.port(), "/env").body, "\nHOST"));
+  const auto inherited = "\n" + get(proxy.port(), "/env").body;
+  for (const auto &[name, value] : misleading) {
+    CAPTURE(name);
+    CHECK(!has(inherited, "\n" + name + "="));
+  }
+  CHECK(has(inherited, "\nLISTEN_ADDR=meant\n"));
+}
+
+// In the background of our session it would be stopped, should it use the
+// terminal.
+TEST_CASE("environment: the target has a session of its own") {
+  RunningProxy proxy(fake_target());
+  const auto pid = static_cast<pid_t>(std::stol(body_of(proxy.port(), "/pid")));
+  CHECK(getsid(pid) == pid);
+  CHECK(getpgid(pid) == pid);
 }
 
 TEST_CASE("environment: Options::env adds and overrides") {

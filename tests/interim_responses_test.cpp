@@ -81,6 +81,24 @@ TEST_CASE("interim responses: any number is forwarded") {
   }
 }
 
+// It is not malformed, and a client that has got one must not get it again.
+TEST_CASE("interim responses: the target closes after one") {
+  for (const std::string method : {"GET", "POST"}) {
+    CAPTURE(method);
+    Stage stage(
+        playing({sending_and_closing("HTTP/1.1 103 Early Hints\r\n\r\n")}));
+    RawClient client(stage.port());
+    client.send(method + " / HTTP/1.1\r\nHost: test\r\n\r\n");
+    CHECK(client.read_response().status == 103);
+    const auto response = client.read_response();
+    CHECK(response.status == 502);
+    CHECK(response.body ==
+          "warmproxy: the target closed the connection without "
+          "a response\n");
+    CHECK(stage.target.requests().size() == 1);
+  }
+}
+
 TEST_CASE("interim responses: never have a body") {
   Stage stage(playing({sending("HTTP/1.1 103 Early Hints\r\nContent-Length: "
                                "5\r\nA: 1\r\n\r\n" +

@@ -598,6 +598,33 @@ TEST_CASE("readiness: any_port is looked for anew at each start" *
   CHECK(after.port != before.port);
 }
 
+// Nobody outside the process group may get its requests.
+TEST_CASE("readiness: any_port follows a program that restarts itself" *
+          doctest::skip(!on_linux)) {
+  auto options = any_port_target({});
+  options.binary = "/bin/sh";
+  options.args = {"-c", "while :; do \"$0\" --port 0; done", built("fake")};
+  RunningProxy proxy(options);
+  RawClient client(proxy.port());
+  const auto first = client.get("/pid").body;
+  const auto before = proxy.status();
+  kill(std::stoi(first), SIGKILL);
+  SUBCASE("when a request finds the old port closed") {
+    const auto response = client.get("/pid");
+    CHECK(response.status == 200);
+    CHECK(response.body != first);
+  }
+  SUBCASE("without a request") {
+    CHECK(wait_for([&] { return proxy.status().port != before.port; }));
+    CHECK(wait_for([&] { return proxy.status().state == "up"; }));
+    CHECK(client.get("/pid").status == 200);
+  }
+  const auto after = proxy.status();
+  CHECK(after.pid == before.pid);
+  CHECK(after.port != before.port);
+  CHECK(after.starts == 2);
+}
+
 TEST_CASE("readiness: any_port takes none of several" *
           doctest::skip(!on_linux)) {
   auto options = any_port_target({"--port", "0"});

@@ -238,6 +238,63 @@ TEST_CASE("own routes: the rest of a request is no request") {
   }
 }
 
+TEST_CASE("own routes: a malformed chunk is answered") {
+  Embedded proxy(cold_target(), add_routes);
+  for (const std::string body :
+       {"zz\r\n", "3\r\nabc\r\nzz\r\n", "3\nabc\r\n"}) {
+    CAPTURE(body);
+    RawClient client(proxy.port());
+    client.send("POST /own/echo HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: "
+                "chunked\r\n\r\n" +
+                body);
+    const auto response = client.read_response();
+    CHECK(response.status == 400);
+    CHECK(response.header("Connection") == "close");
+    CHECK(client.at_end());
+    CHECK(!client.was_reset());
+  }
+}
+
+TEST_CASE("own routes: a body where none may be is left out") {
+  Embedded proxy(cold_target(), [](warmproxy::Proxy &p) {
+    add_routes(p);
+    for (const int status : {204, 304}) {
+      p.routes("/own").Get("/own/" + std::to_string(status),
+                           [status](const Request &, httplib::Response &res) {
+                             res.set_content("none", "text/plain");
+                             res.status = status;
+                           });
+    }
+  });
+  for (const std::string status : {"204", "304"}) {
+    CAPTURE(status);
+    RawClient client(proxy.port());
+    client.send("GET /own/" + status + " HTTP/1.1\r\nHost: test\r\n\r\n" +
+                "GET /own/hello HTTP/1.1\r\nHost: test\r\n\r\n");
+    CHECK(client.read_response().head.substr(9, 3) == status);
+    CHECK(client.read_response().body == "hello");
+  }
+}
+
+TEST_CASE("own routes: what an HTTP/1.0 client must not get") {
+  Embedded proxy(cold_target(), add_routes);
+  SUBCASE("an interim response (RFC 9110, section 15.2)") {
+    RawClient client(proxy.port());
+    client.send("POST /own/echo HTTP/1.0\r\nExpect: 100-continue\r\n"
+                "Content-Length: 4\r\n\r\nbody");
+    const auto response = client.read_response();
+    CHECK(response.status == 200);
+    CHECK(response.body == "body");
+  }
+  SUBCASE("Transfer-Encoding (RFC 9112, section 6.1)") {
+    RawClient client(proxy.port());
+    client.send("HEAD /own/chunks HTTP/1.0\r\n\r\n");
+    const auto response = client.read_response_head();
+    CHECK(response.status == 200);
+    CHECK(response.header("Transfer-Encoding") == "");
+  }
+}
+
 TEST_CASE("own routes: the client's address, and no invented one") {
   const std::string claims =
       "X-Forwarded-For: 6.6.6.6\r\nX-Real-IP: 6.6.6.6\r\n";

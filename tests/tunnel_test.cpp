@@ -257,6 +257,53 @@ TEST_CASE("tunnel: a reset on one side resets the other") {
   }
 }
 
+// Such as the close frame that says why: a message is too long, or a policy was
+// violated.
+TEST_CASE("tunnel: what is sent directly before a reset arrives") {
+  Gate asked, ended;
+  bool by_client = false;
+  std::string heard;
+  ScriptedTarget target([&](TargetConnection &c) {
+    if (c.read_head().empty()) { return; }
+    c.send(switching);
+    if (by_client) {
+      heard = c.read_to_end();
+    } else {
+      asked.wait();
+      c.send("last words");
+      c.reset();
+    }
+    ended.open();
+  });
+  SUBCASE("by the client") { by_client = true; }
+  SUBCASE("by the target, while the client sends") {}
+  ServeProcess proxy({{"PATH", "/bin:/usr/bin"},
+                      {"WARMPROXY_BINARY", "true"},
+                      {"WARMPROXY_TARGET_PORT", std::to_string(target.port())},
+                      {"WARMPROXY_HEALTH_PATH", ""}});
+  RawClient client(proxy.port());
+  client.send(websocket);
+  CHECK(client.read_response().status == 101);
+  if (!by_client) { // more than the socket buffers on the way take
+    CHECK_THROWS_AS(client.send(std::string(30 << 20, 'm'), Milliseconds(300)),
+                    Error);
+  }
+  // The proxy stands still, so that it gets both at once.
+  proxy.signal(SIGSTOP);
+  if (by_client) {
+    client.send("last words");
+    client.reset();
+    proxy.signal(SIGCONT);
+    ended.wait();
+    CHECK(heard == "last words");
+  } else {
+    asked.open();
+    ended.wait();
+    proxy.signal(SIGCONT);
+    CHECK(client.read_exact(10) == "last words");
+  }
+}
+
 // For WARMPROXY_TEST_IDLE seconds; the default is a few times longer than every
 // time limit that is set here.
 TEST_CASE("tunnel: has no idle timeout") {
