@@ -311,8 +311,10 @@ struct Status {
   std::string state = "cold"; // "cold", "starting", "up" or "stopping"
   long pid = 0;               // of the target; 0: none, or not started by us
   int port = 0;               // of the target; 0: not known yet
-  std::uint64_t starts = 0;   // starts so far, servers found running included
-  std::string last_exit;      // how the target ended last; empty: it never did
+  // Starts so far, including servers that were found running and, with
+  // any_port, programs that have changed their port.
+  std::uint64_t starts = 0;
+  std::string last_exit; // how the target ended last; empty: it never did
   std::chrono::milliseconds up_for{0};     // time since it became ready, if up
   std::chrono::milliseconds last_start{0}; // how long the last good start took
   std::uint64_t requests = 0;              // requests sent to the target so far
@@ -4177,20 +4179,36 @@ private:
                             : Time();
   }
 
-  // With any_port: finds out which port is the program's, every 50 ms, and
-  // right before each probe and before the target counts as ready, since a port
-  // that it has given up may be a stranger's.
+  // With any_port: looks which port is the program's. A new one has to settle.
+  // `in_use`: what opens beside the one that is used does not matter.
+  void find_port(Time now, bool in_use) {
+    const auto sockets = listeners_of(process_.pid());
+    const auto found = only_endpoint(sockets);
+    const bool is_open =
+        std::any_of(sockets.begin(), sockets.end(), [this](const auto &socket) {
+          return socket.port == endpoint_.port;
+        });
+    // If there are none at all, we may lack descriptors for looking.
+    const bool unknown = state_ == State::up && sockets.empty();
+    if (found.port == endpoint_.port || (in_use && (is_open || unknown))) {
+      return;
+    }
+    settles_at_ = later(now, settling_time);
+    const Lock lock(mutex_);
+    state_ = State::starting;
+    endpoint_ = found;
+    probe_ = Probe(endpoints());
+  }
+
+  // Every 50 ms during a start, and right before each probe and before the
+  // target counts as ready, since a port that the program has given up may be a
+  // stranger's.
   void look_for_port(Time now, Time deadline) {
     const bool due = now >= look_again_at_ || now >= probe_.ask_at(deadline) ||
                      is_ready(now);
     if (!finds_port() || !due) { return; }
     look_again_at_ = later(now, milliseconds(50));
-    const auto found = only_endpoint(listeners_of(process_.pid()));
-    if (found.port == endpoint_.port) { return; }
-    settles_at_ = later(now, settling_time);
-    const Lock lock(mutex_);
-    endpoint_ = found;
-    probe_ = Probe(endpoints());
+    find_port(now, false);
   }
 
   // What is wrong with where the program listens, and what to set; "" if
@@ -4289,35 +4307,23 @@ private:
     }
   }
 
-  // With any_port: whether the program still has its port. One that restarts
-  // itself may open another, and the old one may be a stranger's then: it is
-  // looked for every second, and the new one is used once it has settled. What
-  // opens beside a settled port does not matter.
+  // With any_port: whether the program has its port, every second while it is
+  // up. One that restarts itself may open another, and its old one may be a
+  // stranger's by then.
   bool follow_port(Time now) {
     if (!finds_port()) { return true; }
-    const bool settled = now >= settles_at_;
     if (now >= look_again_at_) {
-      const bool is_up = state_ == State::up;
-      look_again_at_ = later(now, milliseconds(is_up ? 1000 : 50));
-      const auto sockets = listeners_of(process_.pid());
-      const auto found = only_endpoint(sockets);
-      const bool kept =
-          settled && std::any_of(sockets.begin(), sockets.end(),
-                                 [this](const ListeningSocket &socket) {
-                                   return socket.port == endpoint_.port;
-                                 });
-      // None at all: we may lack descriptors for looking.
-      const bool unknown = is_up && sockets.empty();
-      if (!kept && !unknown && found.port != endpoint_.port) {
-        settles_at_ = later(now, settling_time);
+      const int before = endpoint_.port;
+      find_port(now, now >= settles_at_);
+      look_again_at_ =
+          later(now, milliseconds(state_ == State::up ? 1000 : 50));
+      if (endpoint_.port != before && endpoint_.port != 0) {
+        log_(concat("target now listens on port ", decimal(endpoint_.port)));
         const Lock lock(mutex_);
-        state_ = State::starting;
-        endpoint_ = found;
-        if (found.port) { ++status_.starts; } // ends the use of old connections
-        return false;
+        ++status_.starts; // what is connected to the old port is closed
       }
     }
-    return settled && endpoint_.port != 0;
+    return endpoint_.port != 0 && now >= settles_at_;
   }
 
   // Anything but ECONNREFUSED, such as a full backlog or a lack of descriptors

@@ -623,6 +623,8 @@ TEST_CASE("readiness: any_port follows a program that restarts itself" *
   CHECK(after.pid == before.pid);
   CHECK(after.port != before.port);
   CHECK(after.starts == 2);
+  CHECK(
+      proxy.logged("target now listens on port " + std::to_string(after.port)));
 }
 
 TEST_CASE("readiness: any_port takes none of several" *
