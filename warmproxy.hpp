@@ -5787,8 +5787,8 @@ private:
 
   void release_upstream() {
     if (!upstream_lasts_ || download_.framing.corrected() ||
-        !upload_.finished() || upload_.stopped || !received_.empty() ||
-        upstream_->ended || shared_.draining) {
+        !upload_.finished() || !received_.empty() || upstream_->ended ||
+        shared_.draining) {
       return; // it is closed with the exchange
     }
     // A body may have been left unread, and a login belongs to its client:

@@ -100,6 +100,27 @@ TEST_CASE("client disconnect: a half-close does not truncate a response" *
   CHECK(wait_for([&] { return stage.proxy.status().in_flight == 0; }));
 }
 
+// It may have closed both directions: only a write would tell, and there is
+// nothing to be written.
+TEST_CASE("client disconnect: a half-closed client does not wait for ever") {
+  Gate gone;
+  Stage stage([&](TargetConnection &c) {
+    if (c.read_head().empty()) { return; }
+    c.read_exact(4); // comes with the end
+    c.send("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\npart");
+    c.read_to_end();
+    gone.open();
+  });
+  RawClient client(stage.port());
+  client.send(post_head);
+  stage.target.request();
+  client.send("body");
+  client.shutdown_write();
+  client.read_until("part");
+  gone.wait();
+  CHECK(wait_for([&] { return stage.proxy.status().in_flight == 0; }));
+}
+
 TEST_CASE(
     "client disconnect: an incomplete request body spoils no connection") {
   Stage stage([](TargetConnection &c) {

@@ -342,6 +342,34 @@ TEST_CASE("drain: idle upstream connections are closed before SIGTERM") {
   }
 }
 
+// Nobody waits for a client that has its response and does not close.
+TEST_CASE("drain: a connection that only awaits its close delays nothing") {
+  auto options = fake_target();
+  options.stop_timeout = std::chrono::minutes(10);
+  RunningProxy proxy(options);
+  RawClient client(proxy.port());
+  CHECK(client.get("/pid", "Connection: close\r\n").status == 200);
+  CHECK(client.at_end());
+  proxy.proxy().stop();
+  CHECK(wait_for([&] {
+    client.send("x"); // keeps it from being closed as an inactive one
+    return proxy.status().pid == 0;
+  }));
+  client.close();
+  CHECK(proxy.stop());
+}
+
+TEST_CASE("drain: at half time the target gets SIGTERM, requests or not") {
+  auto options = fake_target({"--term-delay", "1"});
+  options.stop_timeout = Milliseconds(3000);
+  RunningProxy proxy(options);
+  RawClient client(proxy.port());
+  client.send("GET /slow?ms=600000 HTTP/1.1\r\nHost: test\r\n\r\n");
+  CHECK(wait_for([&] { return proxy.status().in_flight == 1; }));
+  CHECK(proxy.stop());
+  CHECK(proxy.status().last_exit == "exited with status 0");
+}
+
 // With a target that does not end its streams on SIGTERM, requests get half of
 // the budget, and everything ends with it.
 TEST_CASE("drain: a request finishes beside streams that do not end") {

@@ -1060,6 +1060,14 @@ TEST_CASE("location: with the target's port") {
   // The scheme is unknown.
   CHECK(location_for("/", "Host: test\r\nForwarded: proto=https\r\n",
                      "http://test:8080/a", trusting()) == "http://test/a");
+  CHECK(location_for("/", "Host: test\r\nForwarded: proto=https\r\n",
+                     "https://localhost:8080/a",
+                     trusting()) == "https://test/a");
+  // The client has named no host.
+  const std::string found =
+      "HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:8080/a\r\n";
+  CHECK(answered("GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+                 found + "\r\n") == found + "Connection: keep-alive\r\n\r\n");
 }
 
 TEST_CASE("location: the prefix") {
@@ -1186,4 +1194,7 @@ TEST_CASE("forwarding: CORS is answered for the target") {
   CHECK(answered(request("Origin: https://b.example\r\n"), response, setting) ==
         "HTTP/1.1 200 OK\r\nA: 1\r\nVary: Origin\r\n\r\n");
   CHECK(answered(request(""), response) == response);
+  const std::string hints = "HTTP/1.1 103 Early Hints\r\nA: 1\r\n\r\n";
+  CHECK(answered(request("Origin: https://a.example\r\n"), hints, setting) ==
+        hints);
 }

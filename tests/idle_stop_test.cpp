@@ -79,6 +79,18 @@ TEST_CASE("idle stop: streams, tunnels and uploads keep the target up") {
   CHECK(proxy.status().starts == 1);
 }
 
+TEST_CASE("idle stop: a server that was there before is not ours to stop") {
+  ScriptedTarget target(answering(ok()));
+  auto options = attached(target);
+  options.idle_stop = Milliseconds(50);
+  RunningProxy proxy(options);
+  CHECK(get(proxy.port()).status == 200);
+  CHECK(!wait_for([&] { return proxy.status().state != "up"; },
+                  Milliseconds(300)));
+  CHECK(get(proxy.port()).status == 200);
+  CHECK(proxy.status().starts == 1);
+}
+
 TEST_CASE("idle stop: many cycles under load") {
   auto environment = serve_fake({"--fork-worker"});
   environment["WARMPROXY_IDLE_STOP"] = "20ms";

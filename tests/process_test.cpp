@@ -919,6 +919,25 @@ TEST_CASE("stop: SIGTERM goes to the target alone at first") {
   CHECK(run.process.exit_text() == "exited with status 5");
 }
 
+// A launcher may pass it on and exit before the server does.
+TEST_CASE("stop: the rest of the group has a while before its own SIGTERM") {
+  Run run;
+  const auto heard = run.directory / "heard", ready = run.directory / "ready",
+             gone = run.directory / "gone";
+  run.config.args = {"-c", "trap 'kill $child; while ! test -s " + heard +
+                               "; do sleep 0.01; done; echo > " + gone +
+                               "; exit 5' TERM\n"
+                               "sh -c 'trap \"echo term >> " +
+                               heard + "\" TERM; echo > " + ready +
+                               "; while ! test -e " + gone +
+                               "; do sleep 0.05; done' & child=$!; wait"};
+  REQUIRE(run.start() == "");
+  REQUIRE(support::wait_for([&] { return !read_file(ready).empty(); }));
+  run.stop();
+  CHECK(read_file(heard) == "term\n");
+  CHECK(run.process.exit_text() == "exited with status 5");
+}
+
 TEST_CASE("stop: the child of a shell that just dies is told, too") {
   for (const bool crash : {false, true}) {
     Run run;

@@ -433,6 +433,20 @@ TEST_CASE("readiness: the 504 names the last probe and the setting") {
         "refused); see WARMPROXY_STARTUP_TIMEOUT\n");
 }
 
+TEST_CASE("readiness: an answer on its way at the deadline is waited for") {
+  ScriptedTarget target([](TargetConnection &c) {
+    for (auto head = c.read_head(); !head.empty(); head = c.read_head()) {
+      if (head.find("GET / ") == 0) { poll(nullptr, 0, 300); }
+      c.send(ok());
+    }
+  });
+  auto options = attached(target);
+  options.health_path = "/";
+  options.startup_timeout = Milliseconds(200); // and a second
+  RunningProxy proxy(options);
+  CHECK(get(proxy.port(), "/page").status == 200);
+}
+
 // ---- giving up a target that was up ----------------------------------------
 
 TEST_CASE("readiness: a full backlog is no evidence of death") {

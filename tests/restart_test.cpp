@@ -223,6 +223,50 @@ TEST_CASE("restart: a good start resets the back-off") {
   CHECK(get(proxy.port(), "/pid").status == 200);
 }
 
+TEST_CASE("restart: one early exit delays no start") {
+  RunningProxy proxy(fake_target());
+  CHECK(RawClient(proxy.port()).post("/crash", "x").status == 502);
+  CHECK(get(proxy.port(), "/pid").status == 200);
+  CHECK(proxy.status().starts == 2);
+}
+
+TEST_CASE("restart: what a crashed target left holds up no start") {
+  auto options = fake_target({"--fork-worker"}); // which ignores SIGTERM
+  options.stop_timeout = std::chrono::minutes(10);
+  RunningProxy proxy(options);
+  CHECK(RawClient(proxy.port()).post("/crash", "x").status == 502);
+  CHECK(get(proxy.port(), "/pid").status == 200);
+  const auto group = proxy.status().pid;
+  REQUIRE(group > 1);
+  kill(static_cast<pid_t>(-group), SIGKILL); // or stopping takes as long
+}
+
+TEST_CASE("restart: a request during a pause learns why, and how long it is") {
+  const auto refused_with = [](RunningProxy &proxy, const std::string &reason,
+                               const std::string &retry_after) {
+    return wait_for([&] {
+      const auto response = get(proxy.port(), "/pid");
+      return response.body == "warmproxy: " + reason + "\n" &&
+             response.header("Retry-After") == retry_after;
+    });
+  };
+  SUBCASE("after an exit") {
+    RunningProxy proxy(fake_target({"--exit-after", "150", "7"}));
+    CHECK(refused_with(
+        proxy, "the target exited with status 7; try again in a moment", "1"));
+  }
+  SUBCASE("after a start that failed") {
+    auto options = fake_target({"--never-listen"});
+    options.startup_timeout = options.stop_timeout = Milliseconds(50);
+    RunningProxy proxy(options);
+    const std::string reason = "target not ready after 0.05 s (last probe: "
+                               "connection refused); see "
+                               "WARMPROXY_STARTUP_TIMEOUT";
+    CHECK(refused_with(proxy, reason, "2"));
+    CHECK(refused_with(proxy, reason + "; try again in a moment", "4"));
+  }
+}
+
 TEST_CASE("restart: back-off limits a crash loop") {
   TemporaryDirectory directory;
   const auto starts = directory / "starts";

@@ -422,6 +422,28 @@ TEST_CASE("reuse: when a logged-in connection ends, the client's ends, too") {
   CHECK(client.at_end());
 }
 
+// Or it would go on as nobody, without notice.
+TEST_CASE("reuse: a client learns that its logged-in connection was closed") {
+  Stage stage([](TargetConnection &c) {
+    for (auto head = c.read_head(); !head.empty(); head = c.read_head()) {
+      if (!header_of(head, "Authorization").empty()) {
+        c.send(ok("alice"));
+        return;
+      }
+      c.send(ok("nobody"));
+    }
+  });
+  RawClient client(stage.port());
+  const auto response = client.get("/", "Authorization: NTLM TlRMTVNTUAAB\r\n");
+  CHECK(response.body == "alice");
+  CHECK(response.header("Connection") == "");
+  CHECK(wait_for([&] { return stage.target.open() == 0; }));
+  const auto next = client.get();
+  CHECK(next.body == "nobody");
+  CHECK(next.header("Connection") == "close");
+  CHECK(client.at_end());
+}
+
 // ---- requests that must not be sent twice ----------------------------------
 
 namespace {

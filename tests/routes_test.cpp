@@ -189,6 +189,9 @@ TEST_CASE("own routes: keep-alive is ours") {
   const auto kept = client.get("/own/hello");
   CHECK(kept.header("Keep-Alive") == "timeout=30");
   CHECK(kept.header("Connection") == "");
+  options.keep_alive_timeout = Milliseconds(0); // never closed
+  Embedded unlimited(options, add_routes);
+  CHECK(get(unlimited.port(), "/own/hello").count("Keep-Alive") == 0);
   const auto closed = client.get("/own/hello", "Connection: close\r\n");
   CHECK(closed.header("Connection") == "close");
   CHECK(closed.header("Keep-Alive") == "");
@@ -202,6 +205,13 @@ TEST_CASE("own routes: keep-alive is ours") {
     CHECK(response.header("Transfer-Encoding") == "");
     CHECK(old.at_end());
   }
+  // Without chunks, only its end ends it.
+  RawClient old(proxy.port());
+  const auto response = old.exchange("GET /own/chunks HTTP/1.0\r\n"
+                                     "Connection: keep-alive\r\n\r\n");
+  CHECK(response.body == "abcabcabc");
+  CHECK(response.header("Connection") == "close");
+  CHECK(old.at_end());
 }
 
 // Only the end of the connection ends these, so a plain end would look
@@ -405,6 +415,9 @@ TEST_CASE("own routes: a stream that waits learns that nobody listens") {
   client->send("GET /own/events HTTP/1.1\r\nHost: test\r\n\r\n");
   client->read_until("x");
   SUBCASE("the client disconnects") { client.reset(); }
+  SUBCASE("the client has closed its side for a while") {
+    client->shutdown_write();
+  }
   SUBCASE("the stop budget is over") { proxy.proxy().stop(); }
   SUBCASE("the stop budget is over, with a pipelined request unread") {
     client->send("GET /own/events HTTP/1.1\r\nHost: test\r\n\r\n");
@@ -419,6 +432,69 @@ TEST_CASE("own routes: a client that has sent all gets its stream") {
   client.send("GET /own/chunks HTTP/1.1\r\nHost: test\r\n\r\n");
   client.shutdown_write();
   CHECK(client.read_response().body == "abcabcabc");
+}
+
+TEST_CASE("own routes: a client may wait for 100 Continue") {
+  Embedded proxy(cold_target(), add_routes);
+  RawClient client(proxy.port());
+  for (int i = 0; i < 2; ++i) {
+    client.send("POST /own/echo HTTP/1.1\r\nHost: test\r\n"
+                "Expect: 100-continue\r\nContent-Length: 4\r\n\r\n");
+    CHECK(client.read_response().status == 100);
+    client.send("body");
+    const auto response = client.read_response();
+    CHECK(response.status == 200);
+    CHECK(response.body == "body");
+  }
+}
+
+TEST_CASE("own routes: who responds first") {
+  auto options = cold_target();
+  options.status_path = "/own/status";
+  options.cors_origins = {"*"};
+  Embedded proxy(options, [](warmproxy::Proxy &p) {
+    p.routes("/own").Options("/own/x",
+                             [](const Request &, httplib::Response &res) {
+                               res.set_content("own", "text/plain");
+                             });
+    p.set_pre_routing_handler([](const Request &, httplib::Response &res) {
+      res.set_content("handler", "text/plain");
+      return HandlerResponse::Handled;
+    });
+  });
+  const std::string preflight = " HTTP/1.1\r\nHost: test\r\nOrigin: a\r\n"
+                                "Access-Control-Request-Method: PUT\r\n\r\n";
+  RawClient client(proxy.port());
+  CHECK(client.get("/own/status").body.find("{\"state\":") == 0);
+  CHECK(client.exchange("OPTIONS /own/x" + preflight).body == "own");
+  CHECK(client.exchange("OPTIONS /x" + preflight).status == 204);
+  CHECK(client.get("/x").body == "handler");
+  CHECK(proxy.status().state == "cold");
+}
+
+namespace {
+
+// It takes no job. Before cpp-httplib 0.15, every queue has to.
+struct FullQueue : httplib::TaskQueue {
+  using Result = decltype(std::declval<httplib::TaskQueue &>().enqueue({}));
+  Result enqueue(std::function<void()>) override { return Result(); }
+  void shutdown() override {}
+};
+
+} // namespace
+
+TEST_CASE("own routes: more requests than the server's queue takes") {
+  if (std::is_void_v<FullQueue::Result>) { return; }
+  Embedded proxy(cold_target(), [](warmproxy::Proxy &p) {
+    add_routes(p);
+    p.routes("/own").new_task_queue = [] { return new FullQueue; };
+  });
+  RawClient client(proxy.port());
+  for (int i = 0; i < 2; ++i) {
+    const auto response = client.get("/own/hello");
+    CHECK(response.status == 503);
+    CHECK(response.body == "warmproxy: too many requests for own routes\n");
+  }
 }
 
 // cpp-httplib before 0.27 tells handlers the address by this field, too.

@@ -118,3 +118,16 @@ TEST_CASE("own responses: disclose no path, argument or variable") {
   CHECK(checked("GET /" + host + "Transfer-Encoding: asked-for\r\n\r\n") ==
         501);
 }
+
+TEST_CASE("status: the body of a request for it is no request") {
+  auto options = fake_target();
+  options.status_path = "/status";
+  RunningProxy proxy(options);
+  RawClient client(proxy.port());
+  const auto response =
+      client.post("/status", "GET /pid HTTP/1.1\r\nHost: test\r\n\r\n");
+  CHECK(response.status == 200);
+  CHECK(response.header("Connection") == "close");
+  CHECK(client.at_end());
+  CHECK(proxy.status().state == "cold");
+}

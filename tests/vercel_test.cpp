@@ -976,6 +976,38 @@ TEST_CASE("vercel: runs without the platform") {
 
 // The platform kills it 500 ms after SIGTERM. What is checked is that it does
 // not take the seconds that it may take elsewhere.
+// Until then the instance is not frozen, and what the program does after its
+// response goes on.
+TEST_CASE("vercel: background work delays the end of an invocation") {
+  const std::string post = "POST /echo HTTP/1.1\r\nHost: x\r\n"
+                           "Content-Length: 0\r\n" +
+                           Function::identified("post") + "\r\n";
+  SUBCASE("of one that may have changed something") {
+    Function function(with(serve_fake(), "WARMPROXY_BACKGROUND_WORK", "10m"));
+    CHECK(RawClient(function.port).exchange(post).status == 200);
+    for (const std::string method : {"GET", "HEAD", "OPTIONS", "TRACE"}) {
+      CAPTURE(method);
+      RawClient client(function.port);
+      CHECK(client
+                .exchange(method + " /pid HTTP/1.1\r\nHost: x\r\n" +
+                          Function::identified(method) + "\r\n")
+                .status == 200);
+      CHECK(function.platform.ended(method));
+    }
+    CHECK(function.platform.ends_of("post") == 0);
+    // Cut short by SIGTERM.
+    function.finish({"post", "GET", "HEAD", "OPTIONS", "TRACE"});
+  }
+  SUBCASE("by as much as was set") {
+    Function function(with(serve_fake(), "WARMPROXY_BACKGROUND_WORK", "200ms"));
+    const auto began = Clock::now();
+    CHECK(RawClient(function.port).exchange(post).status == 200);
+    CHECK(function.platform.ended("post"));
+    CHECK(Clock::now() - began >= Milliseconds(200));
+    function.finish({"post"});
+  }
+}
+
 TEST_CASE("vercel: SIGTERM leaves little time") {
   constexpr Milliseconds much_less_than_elsewhere{5000};
   const std::string mark = "TEST_MARK=" + std::to_string(getpid());

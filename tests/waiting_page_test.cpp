@@ -56,6 +56,23 @@ TEST_CASE("waiting page: only navigations get it") {
   }
 }
 
+// A target that is waited for again, as during a reload, did not start then.
+TEST_CASE("waiting page: the time is that of the wait") {
+  auto options = fake_target();
+  options.waiting_page_after = Milliseconds(50);
+  RunningProxy proxy(options);
+  CHECK(get(proxy.port(), "/pid").status == 200);
+  CHECK(wait_for([&] { return proxy.status().up_for > Milliseconds(3000); }));
+  CHECK(RawClient(proxy.port()).post("/stop-listening", "x").status == 200);
+  std::string page;
+  CHECK(wait_for([&] { // the first one may find an idle connection
+    page = get(proxy.port(), "/", "Sec-Fetch-Dest: document\r\n").body;
+    return page.find("id=\"time\">") != std::string::npos;
+  }));
+  const auto time = page.substr(page.find("id=\"time\">") + 10, 2);
+  CHECK((time == "0<" || time == "1<" || time == "2<"));
+}
+
 TEST_CASE("waiting page: Warmproxy-Wait counts on GET alone") {
   RunningProxy proxy(fake_target({"--listen-after", "300"}));
   const auto response =
