@@ -330,9 +330,14 @@ struct Status {
 //   proxy.routes("/own").Get("/own/time", handler);
 //   proxy.listen("0.0.0.0", 8080);
 //
-// The Proxy reaps the target: if your own program reaps all its children, or
-// ignores SIGCHLD, the target's exit status is lost. cpp-httplib ignores
-// SIGPIPE for the whole process once a Server exists, which a Proxy relies on.
+// From its construction on, a Proxy has a thread and a child process, the
+// watchdog, which is a fork of your program: construct it after fork() and
+// daemon(), for in a child it does not listen, and before the program holds
+// much memory. The Proxy reaps both the watchdog and the target. If your own
+// program reaps all its children, or ignores SIGCHLD, the target's exit status
+// is lost; if it waits for all of them, it waits for the watchdog. cpp-httplib
+// ignores SIGPIPE for the whole process once a Server exists, which a Proxy
+// relies on.
 class Proxy {
 public:
   // Throws std::invalid_argument, naming the field, for options that cannot be
@@ -370,10 +375,13 @@ public:
   // points outside `prefix` have no effect here; register routes, error
   // handlers, its payload limit and new_task_queue as usual, before listening.
   //
-  // A handler must return: stopping waits for it, without limit.
+  // A handler must return: stopping waits for it, without limit. To learn that
+  // the client has gone it uses DataSink::is_writable(): on a descriptor above
+  // 1023, Request::is_connection_closed() is wrong.
   //
   // Throws std::invalid_argument for "" and "/" (use a Server of your own
-  // instead) and std::logic_error once the Proxy listens.
+  // instead) and for blanks, which no path has, and std::logic_error once the
+  // Proxy listens.
   httplib::Server &routes(std::string prefix);
 
   // Called on an event loop before a request is proxied, and before the target
@@ -381,9 +389,9 @@ public:
   // preflight requests that Options::cors_origins answers.
   // HandlerResponse::Handled sends `res`; Unhandled proxies the request. `req`
   // has method, target, path, params, headers and remote address, but no body,
-  // and `res` may have a body but no content provider. The handler must not
-  // block: it holds up other connections. An exception is answered with 500.
-  // Throws std::logic_error once the Proxy listens.
+  // and `res` may have a body, but no content provider or file. The handler
+  // must not block: it holds up other connections. An exception is answered
+  // with 500. Throws std::logic_error once the Proxy listens.
   void set_pre_routing_handler(httplib::Server::HandlerWithResponse handler);
 
 private:
@@ -588,21 +596,21 @@ template <typename N> std::string decimal(N number) {
   return std::to_string(number);
 }
 
-// With one decimal place, such as "0.9".
+// With one decimal place, such as "0.9". Not by printf(3), whose decimal point
+// may be the locale's comma.
 template <typename Duration> std::string in_milliseconds(Duration duration) {
-  char text[40];
-  std::snprintf(text, sizeof(text), "%.1f",
-                std::chrono::duration<double, std::milli>(duration).count());
-  return text;
+  using Tenths = std::chrono::duration<std::int64_t, std::ratio<1, 10000>>;
+  const auto tenths = std::chrono::duration_cast<Tenths>(duration).count();
+  return concat(decimal(tenths / 10), ".", decimal(tenths % 10));
 }
 
 // "45" or "0.25"
 template <typename Duration> std::string in_seconds(Duration duration) {
-  const auto time = std::chrono::duration_cast<milliseconds>(duration);
-  char text[40];
-  std::snprintf(text, sizeof(text), "%.9g",
-                std::chrono::duration<double>(time).count());
-  return text;
+  const auto time = std::chrono::duration_cast<milliseconds>(duration).count();
+  auto fraction = decimal(1000 + time % 1000);
+  fraction[0] = '.';
+  fraction.erase(fraction.find_last_not_of(".0") + 1);
+  return decimal(time / 1000) + fraction;
 }
 
 // Quotes a JSON string. Bytes outside ASCII are taken for Latin-1, since header
@@ -1451,6 +1459,9 @@ inline void write_persistence(const RequestHead &request, bool keep_alive,
   }
 }
 
+// What write_cors() writes replaces what others say.
+inline constexpr std::string_view cors_prefix = "Access-Control-Allow-";
+
 // The CORS header lines of a response to `request`.
 inline void write_cors(const RequestHead &request, const Config &config,
                        std::string &out) {
@@ -1694,8 +1705,7 @@ private:
     return (cached_ &&
             is_one_of(field.name, "Cache-Control", "CDN-Cache-Control",
                       "Vercel-CDN-Cache-Control")) ||
-           (cors_ &&
-            starts_with_ignore_case(field.name, "Access-Control-Allow-"));
+           (cors_ && starts_with_ignore_case(field.name, cors_prefix));
   }
 
   // Whether `cdn_cache` applies. A 304 counts, too: its fields update those
@@ -1802,6 +1812,21 @@ private:
 [[noreturn]] inline void throw_errno(const char *what) {
   throw std::system_error(errno, std::generic_category(), what);
 }
+
+// While it exists, all signals are blocked, as in the threads and children that
+// are started meanwhile: the program that we are in decides who handles them.
+class SignalBlock {
+public:
+  SignalBlock() {
+    sigset_t all;
+    ::sigfillset(&all);
+    ::pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~SignalBlock() { ::pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+private:
+  sigset_t before_;
+};
 
 class Descriptor {
 public:
@@ -3177,12 +3202,9 @@ public:
   Watchdog() {
     const Descriptor self(open_pidfd(::getpid()));
     Descriptor reading;
-    sigset_t all, before;
-    ::sigfillset(&all);
-    ::pthread_sigmask(SIG_SETMASK, &all, &before);
+    const SignalBlock block;
     pid_ = make_pipe(reading, writing_) ? ::fork() : -1;
     if (pid_ == 0) { run(reading.get(), self.get()); }
-    ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
     if (pid_ < 0) { throw_errno("watchdog process"); }
   }
   ~Watchdog() {
@@ -3420,13 +3442,10 @@ private:
     Descriptor reading, writing;
     if (!make_pipe(reading, writing)) { return errno; }
     const pid_t self = ::getpid();
-    sigset_t all, before; // no signal handler of ours may run in the child
-    ::sigfillset(&all);
-    ::pthread_sigmask(SIG_SETMASK, &all, &before);
+    const SignalBlock block; // no signal handler of ours may run in the child
     const pid_t pid = ::vfork();
     if (pid == 0) { become_target(program, argv, envp, writing.get(), self); }
     int error = pid < 0 ? errno : 0;
-    ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
     if (pid < 0) { return error; }
     pid_ = pid;
     writing.reset();
@@ -3867,6 +3886,7 @@ public:
              std::function<void()> close_idle)
       : config_(config), log_(log), process_(config, log),
         notify_(std::move(notify)), close_idle_(std::move(close_idle)) {
+    const SignalBlock block;
     thread_ = std::thread([this] { run(); });
   }
   ~Supervisor() {
@@ -4901,13 +4921,17 @@ public:
 
   // `complete`: what process_request() has returned.
   void finish(bool complete) {
-    keep_alive &= complete && responding_ && response_.done() && !broken_;
-    truncated = responding_ && (!complete || broken_);
+    const bool good = complete && responding_ && response_.done() && !broken_;
+    keep_alive &= good;
+    // What only the connection ends must not look complete.
+    must_reset =
+        !good && responding_ &&
+        (is_dechunked() || response_.mode() == Framing::Mode::until_close);
   }
 
-  std::string received;   // bytes after the head; in the end, after the request
-  bool keep_alive;        // whether the connection is good for the next request
-  bool truncated = false; // the response: it must not look complete
+  std::string received; // bytes after the head; in the end, after the request
+  bool keep_alive;      // whether the connection is good for the next request
+  bool must_reset = false; // the connection, in place of a close
 
   // Stream's virtual functions, which differ between versions: hence all of
   // them, and no `override`.
@@ -5176,6 +5200,16 @@ inline httplib::Request routing_request(const RequestHead &head,
   return request;
 }
 
+// Whether it names a file as its body, as it can from 0.18.0 on.
+template <typename Response>
+auto has_file(const Response &response, int)
+    -> decltype(!response.file_content_path_.empty()) {
+  return !response.file_content_path_.empty();
+}
+template <typename Response> bool has_file(const Response &, long) {
+  return false;
+}
+
 // The reply of a handler that has handled the request, or nothing.
 inline std::optional<Reply>
 call_pre_routing_handler(const httplib::Server::HandlerWithResponse &handler,
@@ -5191,8 +5225,8 @@ call_pre_routing_handler(const httplib::Server::HandlerWithResponse &handler,
   httplib::Response response;
   try {
     if (handler(request, response) != Result::Handled) { return {}; }
-    if (response.content_provider_) {
-      return failed("content providers are not supported");
+    if (response.content_provider_ || has_file(response, 0)) {
+      return failed("content providers and files are not supported");
     }
   } catch (const std::exception &error) {
     return failed(error.what());
@@ -5200,7 +5234,9 @@ call_pre_routing_handler(const httplib::Server::HandlerWithResponse &handler,
   Reply reply{response.status > 0 ? response.status : 200};
   reply.body = std::move(response.body);
   for (const auto &[name, value] : response.headers) {
-    if (!is_one_of(name, "Content-Length", "Transfer-Encoding", "Connection",
+    const bool is_cors = starts_with_ignore_case(name, cors_prefix);
+    if (!(is_cors && !config.cors_origins.empty()) &&
+        !is_one_of(name, "Content-Length", "Transfer-Encoding", "Connection",
                    "Keep-Alive")) {
       append(reply.lines, name, ": ", value, "\r\n");
     }
@@ -6032,7 +6068,7 @@ private:
     socket.readable = socket.writable = true; // the next call finds out
     const auto loan = std::move(loan_);
     received.append(loan->received);
-    if (!loan->truncated) {
+    if (!loan->must_reset) {
       return finish(loan->keep_alive && !shared_.draining);
     }
     reset_on_close(socket.fd.get());
@@ -6194,11 +6230,15 @@ public:
     }
   }
 
+  // Whether we are in a child that was forked since: the threads and the target
+  // are the parent's.
+  bool is_forked_copy() const { return ::getpid() != owner_; }
+
   Shared shared;
 
 private:
   bool serve() {
-    if (has_run_.exchange(true)) { return false; }
+    if (has_run_.exchange(true) || is_forked_copy()) { return false; }
     if (!listening_.fd || !own_loop().watch(listening_)) { return false; }
     for (auto &[prefix, server] : shared.routes) {
       server.open(); // may throw, so before there are threads to join
@@ -6354,6 +6394,7 @@ private:
     supervisor.join();
   }
 
+  const pid_t owner_ = ::getpid();
   Socket listening_;
   Time paused_until_{};  // accepting
   std::mutex run_mutex_; // held by run() and listen()
@@ -6667,7 +6708,9 @@ inline Proxy::Proxy(Options options) {
   impl_ = std::make_unique<Impl>(options, nullptr);
 }
 
-inline Proxy::~Proxy() = default;
+inline Proxy::~Proxy() {
+  if (impl_->is_forked_copy()) { static_cast<void>(impl_.release()); }
+}
 
 inline bool Proxy::listen(const std::string &host, int port) {
   return impl_->listen(host, port);
@@ -6686,10 +6729,10 @@ inline Status Proxy::status() const { return impl_->shared.status(); }
 inline httplib::Server &Proxy::routes(std::string prefix) {
   impl_->require_not_listening("routes");
   const auto path = detail::normalized_prefix(prefix);
-  if (path.empty()) {
+  if (path.empty() || !detail::is_clean(path)) {
     throw std::invalid_argument(
         detail::concat("warmproxy: Proxy::routes: prefix \"", prefix,
-                       "\" is not a path below \"/\""));
+                       "\" is not a path below \"/\" without blanks"));
   }
   return impl_->shared.routes[path];
 }

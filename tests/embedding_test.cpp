@@ -69,6 +69,53 @@ TEST_CASE("embedding: a forked child keeps neither the port nor us") {
   CHECK(waitpid(child, nullptr, 0) == child);
 }
 
+// The parent's threads and its target are not there.
+TEST_CASE("embedding: a forked child does not listen, nor stop the parent's") {
+  auto proxy = std::make_unique<warmproxy::Proxy>(fake_target());
+  const auto port = proxy->bind_to_any_port("127.0.0.1");
+  REQUIRE(port > 0);
+  const auto in_child = [&](auto action) {
+    const auto child = fork();
+    if (child == 0) {
+      alarm(10); // it must not wait
+      _exit(action() ? 0 : 1);
+    }
+    int status = -1;
+    waitpid(child, &status, 0);
+    return status;
+  };
+  CHECK(in_child([&] { return !proxy->listen_after_bind(); }) == 0);
+  std::thread thread([&, raw = proxy.get()] { raw->listen_after_bind(); });
+  const auto served = get(port, "/pid");
+  CHECK(served.status == 200);
+  CHECK(in_child([&] { return proxy.reset(), true; }) == 0);
+  CHECK(get(port, "/pid").body == served.body);
+  proxy->stop();
+  thread.join();
+}
+
+// A program that waits for signals has them blocked in its own threads.
+TEST_CASE("embedding: its threads take no signal of the program's") {
+  const auto child = fork();
+  if (child == 0) {
+    sigset_t signals;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGTERM);
+    bool received = false;
+    {
+      warmproxy::Proxy proxy(fake_target());
+      pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+      kill(getpid(), SIGTERM);
+      const timespec patiently{10, 0};
+      received = sigtimedwait(&signals, nullptr, &patiently) == SIGTERM;
+    }
+    _exit(received ? 0 : 1);
+  }
+  int status = -1;
+  waitpid(child, &status, 0);
+  CHECK(status == 0);
+}
+
 TEST_CASE("embedding: a log function that throws is survived") {
   auto options = fake_target();
   options.log = [](std::string_view) { throw std::runtime_error("no log"); };

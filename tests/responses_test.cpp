@@ -206,6 +206,23 @@ TEST_CASE("error reply: CORS") {
                  "Access-Control-Allow-Origin") == "https://a.example");
 }
 
+// The decimal point is a point in every locale.
+TEST_CASE("status: durations") {
+  using std::chrono::microseconds;
+  const struct {
+    microseconds time;
+    const char *seconds, *milliseconds;
+  } cases[] = {{microseconds(0), "0", "0.0"},
+               {microseconds(1999), "0.001", "1.9"},
+               {microseconds(250000), "0.25", "250.0"},
+               {std::chrono::seconds(45), "45", "45000.0"},
+               {microseconds(100200000), "100.2", "100200.0"}};
+  for (const auto &c : cases) {
+    CHECK(warmproxy::detail::in_seconds(c.time) == c.seconds);
+    CHECK(warmproxy::detail::in_milliseconds(c.time) == c.milliseconds);
+  }
+}
+
 TEST_CASE("status: JSON") {
   warmproxy::Status status;
   status.state = "up";

@@ -139,6 +139,7 @@ TEST_CASE("own routes: the same prefix is the same server") {
   CHECK(&proxy.routes("/own") != &proxy.routes("/other"));
   CHECK_THROWS_AS(proxy.routes(""), std::invalid_argument);
   CHECK_THROWS_AS(proxy.routes("/"), std::invalid_argument);
+  CHECK_THROWS_AS(proxy.routes("/my files"), std::invalid_argument);
 }
 
 TEST_CASE("own routes: cannot be added while the proxy listens") {
@@ -231,6 +232,33 @@ TEST_CASE("own routes: a response that fails in its middle is reset") {
   CHECK(old.read_until("abc") != "");
   CHECK(old.at_end());
   CHECK(old.was_reset());
+}
+
+// The chunks show it, and a reset would take what came before with it.
+TEST_CASE("own routes: one that fails takes no complete response with it") {
+  const std::string large(1 << 20, 'x');
+  std::atomic<bool> failed{false};
+  Embedded proxy(cold_target(), [&](warmproxy::Proxy &p) {
+    auto &own = p.routes("/own");
+    own.Get("/own/large", [&](const Request &, httplib::Response &res) {
+      res.set_content(large, "text/plain");
+    });
+    own.Get("/own/fails", [&](const Request &, httplib::Response &res) {
+      res.set_chunked_content_provider(
+          "text/plain", [&](std::size_t offset, httplib::DataSink &sink) {
+            failed = offset > 0;
+            return offset == 0 && sink.write("abc", 3);
+          });
+    });
+  });
+  RawClient client(proxy.port());
+  client.send("GET /own/large HTTP/1.1\r\nHost: test\r\n\r\n"
+              "GET /own/fails HTTP/1.1\r\nHost: test\r\n\r\n");
+  CHECK(wait_for([&] { return failed.load(); }));
+  CHECK((client.read_response().body == large));
+  CHECK(client.read_response_head().status == 200);
+  CHECK(client.read_to_end() == "3\r\nabc\r\n");
+  CHECK(!client.was_reset());
 }
 
 // Whatever the handler or cpp-httplib leaves of a request must not be read as
@@ -594,10 +622,44 @@ TEST_CASE("pre-routing: the framing of the response is ours") {
   }
 }
 
-TEST_CASE("pre-routing: an exception and a content provider are a 500") {
+namespace {
+
+template <typename Response>
+auto set_file(Response &res, int) -> decltype(res.set_file_content("x")) {
+  res.set_file_content("/etc/passwd", "text/plain");
+}
+template <typename Response> void set_file(Response &, long) {
+  throw std::runtime_error("cpp-httplib before 0.18 cannot do it");
+}
+
+} // namespace
+
+TEST_CASE("pre-routing: CORS is answered once") {
+  auto options = cold_target();
+  options.cors_origins = {"http://a.example"};
+  Embedded proxy(options, [](warmproxy::Proxy &p) {
+    p.set_pre_routing_handler([](const Request &, httplib::Response &res) {
+      res.set_header("Access-Control-Allow-Origin", "*");
+      res.set_header("Access-Control-Expose-Headers", "A");
+      return HandlerResponse::Handled;
+    });
+  });
+  const auto response =
+      RawClient(proxy.port()).get("/", "Origin: http://a.example\r\n");
+  CHECK(response.count("Access-Control-Allow-Origin") == 1);
+  CHECK(response.header("Access-Control-Allow-Origin") == "http://a.example");
+  CHECK(response.header("Access-Control-Expose-Headers") == "A");
+}
+
+TEST_CASE(
+    "pre-routing: an exception, a content provider and a file are a 500") {
   Embedded proxy(cold_target(), [](warmproxy::Proxy &p) {
     p.set_pre_routing_handler([](const Request &req, httplib::Response &res) {
       if (req.path == "/throw") { throw std::runtime_error("thrown"); }
+      if (req.path == "/file") {
+        set_file(res, 0);
+        return HandlerResponse::Handled;
+      }
       res.set_chunked_content_provider(
           "text/plain", [](std::size_t, httplib::DataSink &) { return true; });
       return HandlerResponse::Handled;
@@ -606,4 +668,5 @@ TEST_CASE("pre-routing: an exception and a content provider are a 500") {
   RawClient client(proxy.port());
   CHECK(client.get("/throw").status == 500);
   CHECK(client.get("/provider").status == 500);
+  CHECK(client.get("/file").status == 500);
 }
