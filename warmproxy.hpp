@@ -977,6 +977,12 @@ struct ResponseHead : Head {
   std::vector<std::string> repairs; // of this head, for the log
 
   bool is_switching() const { return status == 101; }
+  // The target could not read the request. Some parsers stay lost: all that
+  // follows on the connection is answered the same.
+  bool is_parse_error() const {
+    return status == 400 || status == 414 || status == 431 || status == 501 ||
+           status == 505;
+  }
   void note_repair(std::string repair) {
     must_close = true;
     repairs.push_back(printable(std::move(repair)));
@@ -3257,7 +3263,11 @@ template <typename F> bool for_each_member(pid_t group, F function) {
     const auto text = read_start(concat("/proc/", name, "/stat"));
     const auto end = text.rfind(") "); // the program's name may have one, too
     const char state = end == std::string::npos ? 'X' : text[end + 2];
-    if (state != 'Z' && state != 'X') { function(pid); }
+    // Where only its first thread has ended, the others still hold its sockets.
+    const bool is_zombie =
+        state == 'Z' &&
+        names_in(concat("/proc/", name, "/task"), error).size() < 2;
+    if (!is_zombie && state != 'X') { function(pid); }
   }
   return true;
 }
@@ -3738,7 +3748,7 @@ private:
   Descriptor fd_;
   State state_ = State::no_connection;
   int error_ = 0; // of the first endpoint
-  std::string seen_ = "no listening port found";
+  std::string seen_ = "no single listening port found";
   Time began_at_{}, ended_at_{};
   std::string received_;
   int redirects_ = 0;
@@ -3935,6 +3945,12 @@ public:
     if (state_ != State::up || lease.generation != status_.starts) { return; }
     state_ = State::starting;
     wakeup_.wake();
+  }
+
+  // Whether the target that the lease was for has ended.
+  bool has_ended(const Lease &lease) const {
+    const Lock lock(mutex_);
+    return state_ == State::cold || lease.generation != status_.starts;
   }
 
   // Starts the target without a request.
@@ -5687,7 +5703,10 @@ private:
         ::shutdown(flow->sink->fd.get(), SHUT_WR);
       }
     }
-    return upload_.shut && download_.shut ? end(Result::done) : true;
+    // A client that does not close has nobody left to talk to.
+    const bool over = download_.shut &&
+                      (upload_.shut || shared_.supervisor.has_ended(lease_));
+    return over ? end(Result::done) : true;
   }
 
   // Reads more of the body, the next request, or the end.
@@ -5802,6 +5821,7 @@ private:
         authenticates_connection(response)) {
       client_.authenticated = upstream_->authenticated = true;
     }
+    if (response.is_parse_error()) { upstream_->client = &client_; }
     // What the target may have left unread, or sent too much, must not become
     // part of the next exchange.
     upstream_lasts_ &= response.keep_alive &&

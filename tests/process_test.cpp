@@ -1003,6 +1003,30 @@ TEST_CASE("stop: a target that may not be signalled is given up") {
 
 // ---- What it listens on
 
+// Its other threads hold its sockets until they have ended, too.
+TEST_CASE("members: a process of which only the first thread has ended" *
+          doctest::skip(!support::on_linux)) {
+  const auto child = fork();
+  if (child == 0) {
+    setpgid(0, 0);
+    std::thread([] { pause(); }).detach();
+    syscall(SYS_exit, 0); // of this thread alone
+  }
+  const auto is_member = [child] {
+    bool found = false;
+    CHECK(for_each_member(child, [&](pid_t) { found = true; }));
+    return found;
+  };
+  REQUIRE(support::wait_for([&] {
+    return read_start(concat("/proc/", decimal(child), "/stat")).find(") Z") !=
+           std::string::npos;
+  }));
+  CHECK(is_member());
+  kill(child, SIGKILL);
+  CHECK(support::wait_for([&] { return !is_member(); }));
+  waitpid(child, nullptr, 0);
+}
+
 TEST_CASE("listeners: the sockets of the process group and no others" *
           doctest::skip(!support::on_linux)) {
   Run run;

@@ -685,7 +685,7 @@ TEST_CASE("readiness: any_port connects to nobody else") {
   RunningProxy proxy(options);
   const auto response = get(proxy.port());
   CHECK(response.status == 504);
-  CHECK(has(response.body, "last probe: no listening port found"));
+  CHECK(has(response.body, "last probe: no single listening port found"));
   CHECK(stranger.accepted() == 0);
 }
 

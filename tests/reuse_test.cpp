@@ -234,6 +234,25 @@ TEST_CASE("reuse: not after a 1xx that announced a body") {
   }
 }
 
+// As webdis does: its parser does not recover, and its connection stays open.
+TEST_CASE("reuse: what a parser that is lost answers stays with its client") {
+  Stage stage([](TargetConnection &c) {
+    bool lost = false;
+    for (auto head = c.read_head(); !head.empty(); head = c.read_head()) {
+      lost |= head.find("FOO ") == 0;
+      c.send(lost ? "HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
+                  : ok());
+    }
+  });
+  RawClient bad(stage.port()), good(stage.port());
+  CHECK(good.get().status == 200);
+  CHECK(bad.exchange("FOO / HTTP/1.1\r\nHost: test\r\n\r\n").status == 400);
+  CHECK(good.get().status == 200);
+  CHECK(bad.get().status == 400);
+  CHECK(good.get().status == 200);
+  CHECK(RawClient(stage.port()).get().status == 200);
+}
+
 TEST_CASE("reuse: not after an upgrade that was not granted") {
   Stage stage(telling());
   RawClient client(stage.port());

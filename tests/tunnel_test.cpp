@@ -257,6 +257,19 @@ TEST_CASE("tunnel: a reset on one side resets the other") {
   }
 }
 
+// Or it would hold the next stop, and keep the next target from being idle.
+TEST_CASE("tunnel: ends with the target, though the client does not close") {
+  RunningProxy proxy(fake_target());
+  RawClient client(proxy.port());
+  client.send("GET /ws HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\n"
+              "Upgrade: echo\r\n\r\n");
+  CHECK(client.read_response().status == 101);
+  CHECK(proxy.status().in_flight == 1);
+  kill(static_cast<pid_t>(proxy.status().pid), SIGKILL);
+  CHECK(client.at_end());
+  CHECK(wait_for([&] { return proxy.status().in_flight == 0; }));
+}
+
 // Such as the close frame that says why: a message is too long, or a policy was
 // violated.
 TEST_CASE("tunnel: what is sent directly before a reset arrives") {
