@@ -4937,11 +4937,11 @@ public:
 
   // `complete`: what process_request() has returned.
   void finish(bool complete) {
-    const bool good = complete && responding_ && response_.done() && !broken_;
-    keep_alive &= good;
-    // What only the connection ends must not look complete.
+    const bool failed = !complete || broken_;
+    keep_alive &= !failed && responding_ && response_.done();
+    // What only the end of the connection ends must not look complete.
     must_reset =
-        !good && responding_ &&
+        failed && responding_ &&
         (is_dechunked() || response_.mode() == Framing::Mode::until_close);
   }
 

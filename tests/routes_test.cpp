@@ -234,6 +234,30 @@ TEST_CASE("own routes: a response that fails in its middle is reset") {
   CHECK(old.was_reset());
 }
 
+TEST_CASE("own routes: a response without length or chunks ends with a close") {
+  bool fails = false;
+  SUBCASE("complete") {}
+  SUBCASE("that fails in its middle, with a reset") { fails = true; }
+  Embedded proxy(cold_target(), [fails](warmproxy::Proxy &p) {
+    p.routes("/own").Get("/own/plain", [fails](const Request &,
+                                               httplib::Response &res) {
+      res.set_content_provider("text/plain",
+                               [fails](std::size_t, httplib::DataSink &sink) {
+                                 sink.write("abc", 3);
+                                 if (!fails) { sink.done(); }
+                                 return !fails;
+                               });
+    });
+  });
+  RawClient client(proxy.port());
+  client.send("GET /own/plain HTTP/1.1\r\nHost: test\r\n\r\n");
+  const auto head = client.read_response_head();
+  CHECK(head.status == 200);
+  CHECK(head.header("Connection") == "close");
+  client.read_to_end();
+  CHECK(client.was_reset() == fails);
+}
+
 // The chunks show it, and a reset would take what came before with it.
 TEST_CASE("own routes: one that fails takes no complete response with it") {
   const std::string large(1 << 20, 'x');
