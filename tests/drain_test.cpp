@@ -3,6 +3,8 @@
 
 #include "in_progress.hpp"
 
+#include <sys/syscall.h>
+
 using namespace support;
 
 TEST_CASE("drain: costs no CPU time while the target ends its streams") {
