@@ -5,9 +5,8 @@
 
 #include <doctest/doctest.h>
 
-#include <sys/syscall.h>
-
 #include <sys/mount.h>
+#include <sys/syscall.h>
 #include <sys/utsname.h>
 
 using namespace support;
