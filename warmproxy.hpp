@@ -19,8 +19,9 @@
 //   Exchange    sends the request to the target and pumps bytes in both
 //               directions until the framing says that the message is complete.
 //               After a 101 it is a tunnel, which ends when both sides have
-//               closed. Uploads, streams, early responses and WebSockets all
-//               use this one pump. Each direction has one buffer.
+//               closed, or with the target. Uploads, streams, early responses
+//               and WebSockets all use this one pump. Each direction has one
+//               buffer.
 //   Supervisor  owns the target's whole life on a thread of its own: cold,
 //               starting, up, stopping. Requests wait for it to report "up" and
 //               never touch the process.
@@ -1465,8 +1466,10 @@ inline void write_persistence(const RequestHead &request, bool keep_alive,
   }
 }
 
-// What write_cors() writes replaces what others say.
-inline constexpr std::string_view cors_prefix = "Access-Control-Allow-";
+// Headers that write_cors() writes in place of others'.
+inline bool is_cors_permission(std::string_view name) {
+  return starts_with_ignore_case(name, "Access-Control-Allow-");
+}
 
 // The CORS header lines of a response to `request`.
 inline void write_cors(const RequestHead &request, const Config &config,
@@ -1711,7 +1714,7 @@ private:
     return (cached_ &&
             is_one_of(field.name, "Cache-Control", "CDN-Cache-Control",
                       "Vercel-CDN-Cache-Control")) ||
-           (cors_ && starts_with_ignore_case(field.name, cors_prefix));
+           (cors_ && is_cors_permission(field.name));
   }
 
   // Whether `cdn_cache` applies. A 304 counts, too: its fields update those
@@ -4071,8 +4074,8 @@ private:
   }
 
   // Waits for a wake-up, the target's exit, the probe or time_left(until), and
-  // lets the probe go on. Returns a time for judging deadlines:
-  // all that had arrived by then has been read.
+  // lets the probe go on. Returns a time for judging deadlines: all that had
+  // arrived by then has been read.
   Time wait(Time until) {
     std::vector<pollfd> events = {{wakeup_.fd(), POLLIN, 0},
                                   {process_.exit_fd(), POLLIN, 0}};
@@ -4215,7 +4218,8 @@ private:
                             : Time();
   }
 
-  // With any_port: looks which port is the program's. A new one has to settle.
+  // With any_port: finds out which port is the program's. A new one has to
+  // settle.
   // `in_use`: what opens beside the one that is used does not matter.
   void find_port(Time now, bool in_use) {
     const auto sockets = listeners_of(process_.pid());
@@ -5250,10 +5254,10 @@ call_pre_routing_handler(const httplib::Server::HandlerWithResponse &handler,
   Reply reply{response.status > 0 ? response.status : 200};
   reply.body = std::move(response.body);
   for (const auto &[name, value] : response.headers) {
-    const bool is_cors = starts_with_ignore_case(name, cors_prefix);
-    if (!(is_cors && !config.cors_origins.empty()) &&
-        !is_one_of(name, "Content-Length", "Transfer-Encoding", "Connection",
-                   "Keep-Alive")) {
+    const bool is_ours =
+        !config.cors_origins.empty() && is_cors_permission(name);
+    if (!is_ours && !is_one_of(name, "Content-Length", "Transfer-Encoding",
+                               "Connection", "Keep-Alive")) {
       append(reply.lines, name, ": ", value, "\r\n");
     }
   }
