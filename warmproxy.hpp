@@ -5691,10 +5691,8 @@ private:
 
   // Either side of a tunnel may close while the other still sends.
   bool advance_tunnel() {
-    // The target has reset its connection: what it sent before goes out first.
-    if (upload_.stopped && download_.finished()) { return end(Result::done); }
-    // So does what a client has sent before a reset: recv(2) returns that
-    // first, and then the reset, but not once it has returned the end.
+    // What a client has sent before a reset goes out first: recv(2) returns
+    // that, and then the reset, but not once it has returned the end.
     if (client_.socket.broken && !download_.shut && !upload_.can_write() &&
         (upload_.pending() || half_closed_)) {
       return end(Result::abort);
@@ -5707,9 +5705,10 @@ private:
         ::shutdown(flow->sink->fd.get(), SHUT_WR);
       }
     }
-    // A client that does not close has nobody left to talk to.
-    const bool over = download_.shut &&
-                      (upload_.shut || shared_.supervisor.has_ended(lease_));
+    // After a reset by the target, or its end, the client has nobody left to
+    // talk to, whether it closes or not.
+    const bool over = download_.shut && (upload_.shut || upload_.stopped ||
+                                         shared_.supervisor.has_ended(lease_));
     return over ? end(Result::done) : true;
   }
 
