@@ -79,9 +79,9 @@ TEST_CASE("environment: what would mislead the target is not inherited") {
   environment["LISTEN_ADDR"] = "meant";
   ServeProcess proxy(environment);
   const auto inherited = "\n" + get(proxy.port(), "/env").body;
-  for (const auto &[name, value] : misleading) {
-    CAPTURE(name);
-    CHECK(!has(inherited, "\n" + name + "="));
+  for (const auto &variable : misleading) {
+    CAPTURE(variable.first);
+    CHECK(!has(inherited, "\n" + variable.first + "="));
   }
   CHECK(has(inherited, "\nLISTEN_ADDR=meant\n"));
 }
