@@ -226,10 +226,11 @@ TEST_CASE("drain: stop() leaves no process behind") {
 
 TEST_CASE("drain: signals that the parent ignores stay ignored") {
   // As nohup does, and a shell for background jobs.
-  Within proxy("trap '' HUP INT; exec \"$@\"", serve_fake());
+  Within proxy("trap '' HUP INT QUIT; exec \"$@\"", serve_fake());
   CHECK(get(proxy.port()).status == 200);
-  proxy.signal(SIGHUP);
-  proxy.signal(SIGINT);
+  for (const int number : {SIGHUP, SIGINT, SIGQUIT}) {
+    proxy.signal(number);
+  }
   CHECK(get(proxy.port()).status == 200);
   CHECK(proxy.err().find("stopping") == std::string::npos);
   proxy.signal(SIGTERM);

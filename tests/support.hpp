@@ -1009,12 +1009,16 @@ public:
     }
     posix_spawnattr_t how;
     posix_spawnattr_init(&how);
-    sigset_t none, pipe;
+    sigset_t none, ignored;
     sigemptyset(&none);
-    sigemptyset(&pipe);
-    sigaddset(&pipe, SIGPIPE); // httplib ignores it in the test's process
+    sigemptyset(&ignored);
+    // httplib ignores SIGPIPE in the test's process; nohup and background jobs
+    // of a shell the others.
+    for (const int number : {SIGPIPE, SIGHUP, SIGINT, SIGQUIT}) {
+      sigaddset(&ignored, number);
+    }
     posix_spawnattr_setsigmask(&how, &none);
-    posix_spawnattr_setsigdefault(&how, &pipe);
+    posix_spawnattr_setsigdefault(&how, &ignored);
     posix_spawnattr_setpgroup(&how, 0);
     posix_spawnattr_setflags(&how, POSIX_SPAWN_SETSIGMASK |
                                        POSIX_SPAWN_SETSIGDEF |
