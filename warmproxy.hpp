@@ -415,8 +415,8 @@ Options options_from_env(Options defaults);
 // For main(): listens on Options::host and Options::port until SIGTERM, SIGINT,
 // SIGHUP or SIGQUIT, drains, stops the target and returns 0. Returns 1 if it
 // cannot listen or is out of a resource at the start, and 2 for bad settings or
-// a program that cannot be run. A second signal ends it at once, but for the
-// same one within 0.1 s. As PID 1 it also reaps orphans. On Vercel
+// a program that cannot be run. A second signal ends it at once, unless it
+// comes within 0.1 s of the first. As PID 1 it also reaps orphans. On Vercel
 // (VERCEL_IPC_PATH is set) it keeps to the runtime's contract.
 //
 // With main()'s arguments it answers --help and --version, and takes a command
@@ -6872,13 +6872,12 @@ inline void handle_signals(Server &server, const sigset_t &signals,
     if (shared.draining) { ::_exit(128 + number); }
     server.stop();
     if (shared.vercel) { shared.vercel->flush(); }
-    // Some send it twice at once: timeout(1) to us and to our process group. A
-    // SIGCHLD ends the wait, since the target may have nothing left to do.
-    sigset_t same;
-    sigemptyset(&same);
-    sigaddset(&same, number);
-    sigaddset(&same, SIGCHLD);
-    ::sigtimedwait(&same, nullptr, &briefly);
+    // Some send two at once: timeout(1) to us and to our process group, foreman
+    // SIGTERM after the terminal's SIGINT.
+    const auto until = SteadyClock::now() + milliseconds(100);
+    while (!over && SteadyClock::now() < until) {
+      ::sigtimedwait(&signals, nullptr, &briefly);
+    }
     shared.log(
         "stopping: running requests may finish; a second signal ends them");
   }

@@ -78,6 +78,25 @@ TEST_CASE("drain: requests that were not accepted yet are served") {
   CHECK(proxy.nothing_left());
 }
 
+TEST_CASE("drain: a response says that its connection closes") {
+  Gate gate;
+  Stage stage([&](TargetConnection &c) {
+    while (!c.read_head().empty()) {
+      gate.wait();
+      c.send(ok());
+    }
+  });
+  RawClient client(stage.port());
+  client.send("GET / HTTP/1.1\r\nHost: test\r\n\r\n");
+  stage.target.request();
+  stage.proxy.proxy().stop();
+  gate.open();
+  const auto response = client.read_response();
+  CHECK(response.status == 200);
+  CHECK(response.header("Connection") == "close");
+  CHECK(client.at_end());
+}
+
 TEST_CASE("drain: a request head that stays incomplete has a second") {
   Marked proxy({}, {{"WARMPROXY_STOP_TIMEOUT", "10m"}});
   RawClient idle(proxy.port()), slow(proxy.port()), late(proxy.port());
@@ -174,6 +193,26 @@ TEST_CASE("drain: a signal that comes twice at once counts once" *
   proxy.signal(SIGCONT);
   CHECK(proxy.printed("stopping"));
   CHECK(proxy.wait() == 0);
+}
+
+// foreman sends SIGTERM after the terminal's SIGINT, systemd's SendSIGHUP a
+// SIGHUP after SIGTERM.
+TEST_CASE("drain: two signals at once count once") {
+  const int pairs[][2] = {
+      {SIGINT, SIGTERM}, {SIGTERM, SIGHUP}, {SIGQUIT, SIGTERM}};
+  for (const auto &pair : pairs) {
+    CAPTURE(pair[0]);
+    ServeProcess proxy(serve_fake());
+    RawClient client(proxy.port());
+    client.send("GET /sse?n=2&gate=/none HTTP/1.1\r\nHost: test\r\n\r\n");
+    client.read_until("data: 1\n\n");
+    proxy.signal(SIGSTOP); // both are pending when it goes on
+    proxy.signal(pair[0]);
+    proxy.signal(pair[1]);
+    proxy.signal(SIGCONT);
+    CHECK(proxy.printed("stopping"));
+    CHECK(proxy.wait() == 0);
+  }
 }
 
 TEST_CASE("drain: stop() leaves no process behind") {
@@ -334,6 +373,13 @@ TEST_CASE("drain: idle upstream connections are closed before SIGTERM") {
     CHECK(proxy.stop());
     CHECK(proxy.status().last_exit == "exited with status 0");
   }
+  SUBCASE("by stop() when no client is left") {
+    RunningProxy proxy(options);
+    CHECK(get(proxy.port(), "/pid").status == 200);
+    CHECK(wait_for([&] { return proxy.status().connections == 0; }));
+    CHECK(proxy.stop());
+    CHECK(proxy.status().last_exit == "exited with status 0");
+  }
   SUBCASE("on idle stop") {
     options.idle_stop = Milliseconds(100);
     RunningProxy proxy(options);
@@ -371,6 +417,19 @@ TEST_CASE("drain: at half time the target gets SIGTERM, requests or not") {
   CHECK(wait_for([&] { return proxy.status().in_flight == 1; }));
   CHECK(proxy.stop());
   CHECK(proxy.status().last_exit == "exited with status 0");
+}
+
+// What requests have used of it is gone.
+TEST_CASE("drain: requests and the target's end have one budget together") {
+  auto options = fake_target({"--term-delay", "3000"});
+  options.stop_timeout = Milliseconds(4000);
+  RunningProxy proxy(options);
+  RawClient client(proxy.port());
+  client.send("GET /slow?ms=600000 HTTP/1.1\r\nHost: test\r\n\r\n");
+  CHECK(wait_for([&] { return proxy.status().in_flight == 1; }));
+  CHECK(proxy.stop());
+  // At half time it has 2 s left, less than it takes.
+  CHECK(proxy.status().last_exit == "was killed by signal 9");
 }
 
 // With a target that does not end its streams on SIGTERM, requests get half of
