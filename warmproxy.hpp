@@ -381,8 +381,8 @@ public:
   // 1023, Request::is_connection_closed() is wrong.
   //
   // Throws std::invalid_argument for "" and "/" (use a Server of your own
-  // instead) and for blanks, which no path has, and std::logic_error once the
-  // Proxy listens.
+  // instead) and for a prefix with blanks, control characters or bytes that
+  // have to be percent-encoded, and std::logic_error once the Proxy listens.
   httplib::Server &routes(std::string prefix);
 
   // Called on an event loop before a request is proxied, and before the target
@@ -566,6 +566,14 @@ inline bool has_control(std::string_view text) {
 // Whether `text` has neither blanks nor control characters.
 inline bool is_clean(std::string_view text) {
   return !contains(text, ' ') && !contains(text, '\t') && !has_control(text);
+}
+
+// The same for paths in settings: browsers percent-encode other bytes in the
+// paths that they send.
+inline bool is_plain_ascii(std::string_view text) {
+  return is_clean(text) && std::all_of(text.begin(), text.end(), [](char c) {
+           return static_cast<unsigned char>(c) < 0x80;
+         });
 }
 
 inline bool is_tchar(char c) { // RFC 9110, section 5.6.2
@@ -6509,7 +6517,7 @@ inline bool read_value(std::string_view text, std::vector<std::string> &value) {
 inline bool has_no_nul(std::string_view text) { return !contains(text, '\0'); }
 
 inline bool is_path(std::string_view text) {
-  return text.empty() || (text[0] == '/' && is_clean(text));
+  return text.empty() || (text[0] == '/' && is_plain_ascii(text));
 }
 
 // RFC 6454, section 6.2: what browsers send, which has no path.
@@ -6560,7 +6568,8 @@ inline std::vector<Setting> settings(Options &o) {
   const auto is_time = [](auto time) { return time.count() >= 0; };
   const auto is_flag = [](bool) { return true; };
   constexpr auto a_flag = "1 or 0, true or false, yes or no, on or off";
-  constexpr auto a_path = "a path that begins with '/', without blanks";
+  constexpr auto a_path =
+      "a path that begins with '/', percent-encoded and without blanks";
   constexpr auto a_time = "a duration, such as 500ms, 45s, 10m, 2h or 30d";
   return {
       {"binary", "the program to run", o.binary,
@@ -6575,7 +6584,7 @@ inline std::vector<Setting> settings(Options &o) {
       {"scratch", "where to make a writable copy of that", o.scratch,
        "the path of a directory", has_no_nul},
       {"strip_prefix", "path prefix to remove from requests", o.strip_prefix,
-       "a path without blanks", is_clean},
+       "a path, percent-encoded and without blanks", is_plain_ascii},
       {"prewarm", "1: do not wait for the first request", o.prewarm, a_flag,
        is_flag},
       {"health_path", "path of the readiness probe; empty: connect",
@@ -6752,10 +6761,10 @@ inline Status Proxy::status() const { return impl_->shared.status(); }
 inline httplib::Server &Proxy::routes(std::string prefix) {
   impl_->require_not_listening("routes");
   const auto path = detail::normalized_prefix(prefix);
-  if (path.empty() || !detail::is_clean(path)) {
-    throw std::invalid_argument(
-        detail::concat("warmproxy: Proxy::routes: prefix \"", prefix,
-                       "\" is not a path below \"/\" without blanks"));
+  if (path.empty() || !detail::is_plain_ascii(path)) {
+    throw std::invalid_argument(detail::concat(
+        "warmproxy: Proxy::routes: prefix \"", prefix,
+        "\" is not a path below \"/\", percent-encoded and without blanks"));
   }
   return impl_->shared.routes[path];
 }
