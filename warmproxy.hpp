@@ -408,8 +408,8 @@ private:
 // WARMPROXY_TARGET_PORT may be `auto` (any_port). If WARMPROXY_BINARY is set,
 // the defaults' `args` and `target_port` belong to another program and are
 // reset. What cannot be read is reported in Options::error. A WARMPROXY_
-// variable that is not a setting is logged as a warning, except those that
-// Kubernetes sets for a Service named "warmproxy".
+// variable that is not a setting is logged as a warning. Those that Kubernetes
+// sets for a Service whose name begins with "warmproxy" are ignored.
 Options options_from_env(Options defaults);
 
 // For main(): listens on Options::host and Options::port until SIGTERM, SIGINT,
@@ -6619,6 +6619,14 @@ inline std::vector<Setting> settings(Options &o) {
        has_no_nul}};
 }
 
+// Whether Kubernetes may have set this variable for a Service whose name begins
+// with "warmproxy": for "warmproxy-target", WARMPROXY_TARGET_PORT is a URL,
+// "tcp://10.0.0.1:80".
+inline bool is_of_service(std::string_view name, std::string_view value) {
+  return contains(name, "_SERVICE_") || contains(name, "_PORT_") ||
+         (ends_with(name, "_PORT") && contains(value, "://"));
+}
+
 // Reads the variables for which `lookup` returns a value, not null. The first
 // one that cannot be read is named in Options::error.
 template <typename Lookup>
@@ -6630,7 +6638,7 @@ Options read_settings(Options options, Lookup &&lookup) {
   for (const auto &setting : settings(options)) {
     const auto variable = setting.variable();
     const char *text = lookup(variable.c_str());
-    if (text && options.error.empty() &&
+    if (text && !is_of_service(variable, text) && options.error.empty() &&
         !(setting.read(text) && setting.is_valid())) {
       options.error =
           concat(variable, "=\"", text, "\" is not ", setting.expected);
@@ -6677,13 +6685,11 @@ inline std::string validate(Options options) {
 // none; empty for all others.
 inline std::string unknown_setting(std::string_view variable) {
   const auto name = until(variable, '=');
-  // Kubernetes sets these for a Service named "warmproxy"; WARMPROXY_PORT is
-  // then a URL, "tcp://10.0.0.1:80".
-  const bool is_of_service =
-      starts_with(name, "WARMPROXY_SERVICE_") ||
-      starts_with(name, "WARMPROXY_PORT_") ||
-      (name == "WARMPROXY_PORT" && contains(variable, "://"));
-  if (!starts_with(name, "WARMPROXY_") || is_of_service) { return {}; }
+  const auto value =
+      variable.substr(std::min(name.size() + 1, variable.size()));
+  if (!starts_with(name, "WARMPROXY_") || is_of_service(name, value)) {
+    return {};
+  }
   Options none;
   for (const auto &setting : settings(none)) {
     if (setting.variable() == name) { return {}; }

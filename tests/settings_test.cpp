@@ -367,9 +367,9 @@ TEST_CASE("settings: what cannot be read names the variable and its value") {
       // A fraction of a second would be none at all.
       {{"WARMPROXY_CDN_CACHE"}, {"500ms", "1500ms"}},
       {{"WARMPROXY_HEALTH_PATH", "WARMPROXY_STATUS_PATH"},
-       {"health", "http://a/", "*", " /", "/a b", "/a\r\nX: y", "/\t",
-        "/\x7f"}},
-      {{"WARMPROXY_STRIP_PREFIX"}, {"/a b", "/a\r\nX: y"}},
+       {"health", "http://a/", "*", " /", "/a b", "/a\r\nX: y", "/\t", "/\x7f",
+        "/\xc3\xa4"}},
+      {{"WARMPROXY_STRIP_PREFIX"}, {"/a b", "/a\r\nX: y", "/\xc3\xa4"}},
       {{"WARMPROXY_CORS_ORIGINS"},
        {"example.org", "https://", "https://a.example/", "//a.example",
         "https://a.example,b.example", "https://*.example", "https://a@b",
@@ -412,6 +412,12 @@ TEST_CASE("settings: what is wrong reads as a sentence") {
   }
 }
 
+TEST_CASE("settings: a Kubernetes Service is no setting") {
+  const auto options =
+      options_with({{"WARMPROXY_TARGET_PORT", "tcp://10.0.0.1:80"}});
+  CHECK(all_fields(options) == all_fields(defaults()));
+}
+
 TEST_CASE("settings: an error of the environment is not overlooked") {
   const auto options =
       options_with({{"WARMPROXY_TARGET_PORT", "x"}, {"PORT", "y"}});
@@ -434,12 +440,16 @@ TEST_CASE("settings: a variable that is no setting is named in the log") {
       {"warmproxy_args=a", false},
       {"PATH=/bin", false},
       {"", false},
-      // Kubernetes, for a Service named "warmproxy"
+      // Kubernetes, for Services named "warmproxy" and "warmproxy-blog"
       {"WARMPROXY_PORT=tcp://10.0.0.1:80", false},
       {"WARMPROXY_PORT=8080", true}, // PORT is meant
       {"WARMPROXY_PORT_80_TCP_ADDR=10.0.0.1", false},
       {"WARMPROXY_SERVICE_HOST=10.0.0.1", false},
       {"WARMPROXY_SERVICE_PORT_HTTP=80", false},
+      {"WARMPROXY_BLOG_PORT=udp://10.0.0.1:53", false},
+      {"WARMPROXY_BLOG_PORT_80_TCP_PORT=80", false},
+      {"WARMPROXY_BLOG_SERVICE_HOST=10.0.0.1", false},
+      {"WARMPROXY_BLOG_PORT=80", true},
   };
   for (const auto &c : cases) {
     CAPTURE(c.variable);

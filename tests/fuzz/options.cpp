@@ -145,6 +145,13 @@ bool in_a_line(const std::string &text) {
   return reference::clean(text) && without(text, " \t");
 }
 
+// What may stand in a request target as it is sent.
+bool encoded(const std::string &text) {
+  return in_a_line(text) && std::none_of(text.begin(), text.end(), [](char c) {
+           return static_cast<unsigned char>(c) >= 0x80;
+         });
+}
+
 // What browsers send as Origin: no path, no credentials.
 bool is_origin(const std::string &text) {
   const auto scheme_end = text.find("://");
@@ -166,13 +173,13 @@ bool expect(const std::string &name, const std::string &value, Options &o) {
   const auto number = reference::decimal(value);
   const auto time = milliseconds(value);
   const auto ms = std::chrono::milliseconds(time.value_or(0));
-  const bool path = value.empty() || (value[0] == '/' && in_a_line(value));
+  const bool path = value.empty() || (value[0] == '/' && encoded(value));
   const bool port = number && *number <= 65535;
   if (name == "WARMPROXY_BINARY") { return o.binary = value, true; }
   if (name == "WARMPROXY_DIRECTORY") { return o.directory = value, true; }
   if (name == "WARMPROXY_SCRATCH") { return o.scratch = value, true; }
   if (name == "WARMPROXY_STRIP_PREFIX") {
-    return o.strip_prefix = value, in_a_line(value);
+    return o.strip_prefix = value, encoded(value);
   }
   if (name == "HOST") { return o.host = value, true; }
   if (name == "WARMPROXY_HEALTH_PATH") { return o.health_path = value, path; }
@@ -205,6 +212,9 @@ bool expect(const std::string &name, const std::string &value, Options &o) {
   }
   if (name == "WARMPROXY_TARGET_PORT" && value == "auto") {
     return o.target_port = warmproxy::any_port, true;
+  }
+  if (name == "WARMPROXY_TARGET_PORT" && value.find("://") != value.npos) {
+    return true; // Kubernetes has set it
   }
   if (name == "WARMPROXY_TARGET_PORT" || name == "PORT") {
     (name == "PORT" ? o.port : o.target_port) =
