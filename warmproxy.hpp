@@ -288,8 +288,9 @@ struct Options {
   // is echoed with credentials allowed: "*" lets every page act with a
   // visitor's cookies. Default: empty, CORS is left to the target.
   std::vector<std::string> cors_origins;
-  // How long a CDN may keep scripts and style sheets. 0, the default: whatever
-  // the target says.
+  // How long a CDN may keep scripts and style sheets. Replaces the target's
+  // Cache-Control; browsers then choose how long to keep them. 0, the default:
+  // whatever the target says.
   std::chrono::seconds cdn_cache{0};
   // Browser navigations that wait longer than this for a start get a
   // self-refreshing "starting up" page. Default: 5 s. 0: never.
@@ -1605,7 +1606,8 @@ public:
       append(out_, "Vercel-CDN-Cache-Control: public, max-age=", age, "\r\n");
     }
     if (cors_) { write_cors(request_, config_, out_); }
-    if (!interim) { out_ += server_timing; }
+    // A CDN would repeat it to everybody.
+    if (!interim && !cached_) { out_ += server_timing; }
     if (upgrade_) {
       const bool close = !keep_alive && !response.is_switching();
       write("Connection", close ? "close, Upgrade" : "Upgrade");

@@ -1162,6 +1162,21 @@ TEST_CASE(
   }
 }
 
+TEST_CASE("caching: what a CDN keeps does not say how long we took") {
+  RequestHead asked;
+  REQUIRE(!parse_request(head_of("GET /a.js HTTP/1.1", "Host: a\r\n"), asked));
+  ResponseHead answer;
+  REQUIRE(!parse_response(head_of("HTTP/1.1 200 OK", ""), "GET", answer));
+  Situation setting;
+  for (const int age : {0, 60}) {
+    setting.config.cdn_cache = std::chrono::seconds(age);
+    std::string out;
+    HeadWriter(asked, setting.forwarding(), out)
+        .write_response(answer, true, "Server-Timing: x\r\n");
+    CHECK(contains(out, "Server-Timing") == (age == 0));
+  }
+}
+
 TEST_CASE("forwarding: the status line keeps the space of an empty reason") {
   const auto request = head_of("GET / HTTP/1.1", "Host: a\r\n");
   for (const std::string line : {"HTTP/1.1 200", "HTTP/1.1 200 "}) {
