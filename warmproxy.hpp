@@ -4701,7 +4701,10 @@ async function ask() {
   try {
     const response = await fetch(location.href, { headers: { "Warmproxy-Wait": "1", Accept: "text/plain" }, cache: "no-store" });
     const text = await response.text();
-    if (!text.startsWith("warmproxy: ")) return location.reload();
+    if (!text.startsWith("warmproxy: ")) {
+      setTimeout(() => { show(false, "%ready", "%opened"); by("again").hidden = true; }, 3000);
+      return location.reload();
+    }
     if (response.status === 503) return setTimeout(ask, 1000 * response.headers.get("Retry-After"));
     window.stop(); show(false, "%failed", text.slice(11));
   } catch { setTimeout(ask, 1000); }
@@ -4728,6 +4731,10 @@ inline constexpr std::string_view page_texts[][3] = {
      "网站刚才处于休眠状态，启动完成后会自动打开。"},
     {"%waiting", "Waiting for <span id=\"time\">%seconds</span> s",
      "已等待 <span id=\"time\">%seconds</span> 秒"},
+    {"%ready", "The site has started", "网站已启动"},
+    {"%opened",
+     "The page will open in a moment. If it is a file, its download has begun.",
+     "页面即将打开；如果是文件，则已开始下载。"},
     {"%failed", "This page could not be loaded", "页面加载失败"},
     {"%again", "Try again", "重试"}};
 

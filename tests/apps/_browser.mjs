@@ -284,6 +284,24 @@ async function the_waiting_page() {
     }
   });
 
+  await test('waiting page: a download ends the wait', async () => {
+    const warm = await gated();
+    const view = await page();
+    await waiting(view, warm.url);
+    const download = view.waitForEvent('download');
+    const program = `require('http').createServer((request, response) => {
+      response.setHeader('Content-Disposition', 'attachment');
+      response.end('file');
+    }).listen(process.env.PORT, '127.0.0.1')`;
+    warm.open(`exec '${process.execPath}' -e "${program}"`);
+    await download;
+    await view.waitForSelector('h1:has-text("The site has started")');
+    assert.equal(await bar(view).isVisible(), false);
+    assert.equal(await view.getByRole('button').isVisible(), false);
+    await closed(view);
+    await warm.stop();
+  });
+
   await test('waiting page: not shown while the target is up', async () => {
     const warm = await gated({ waiting_page_after : '1ms' });
     warm.open();
