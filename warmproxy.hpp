@@ -2973,12 +2973,13 @@ private:
   }
 
   // Makes the folder for the copy under way. Its lock tells others that we are
-  // alive; until it has one, the lock on `scratch` keeps them away.
+  // alive; until it has one, the lock on `scratch` keeps them away. Where
+  // folders cannot be locked (NFS), unfinished copies are never removed.
   void make_unfinished() {
     const auto scratch = open_file(scratch_, O_RDONLY | O_DIRECTORY);
     if (!scratch) { fail_start_at(scratch_, errno); }
-    while (::flock(scratch.get(), LOCK_EX | LOCK_NB) != 0) {
-      if (!would_block(errno)) { fail_start_at(scratch_, errno); }
+    while (::flock(scratch.get(), LOCK_EX | LOCK_NB) != 0 &&
+           would_block(errno)) {
       check_();
       ::poll(nullptr, 0, 10);
     }
@@ -3092,9 +3093,7 @@ private:
       return absolute.string();
     }
     const auto text = (path.parent_path() / link).lexically_normal();
-    if (link.is_absolute() || text.empty() || *text.begin() != "..") {
-      return entry.link;
-    }
+    if (text.empty() || *text.begin() != "..") { return entry.link; }
     if (!is_parent) { real /= absolute.filename(); }
     return real.lexically_relative(folder).string();
   }
@@ -3156,7 +3155,8 @@ inline Program prepare_program(const Config &config, const Log &log,
   }
   if (error) {
     const auto &wanted = config.directory;
-    fail_start_at(concat("directory ", wanted.empty() ? "." : wanted),
+    fail_start_at(wanted.empty() ? "the current directory"
+                                 : concat("directory ", wanted),
                   error.value());
   }
   const auto within = path_within(program.directory, program.path);
