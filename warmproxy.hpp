@@ -4993,13 +4993,20 @@ public:
 
   // A content provider that waits for events asks this (DataSink::is_writable).
   // Without a write, nothing else ends it when the client has left or the loan
-  // is aborted. Bytes that are left to be read hide a shutdown from recv(), but
+  // is aborted. Bytes that are left to be read hide the end from recv(), but
   // not from poll().
   bool is_peer_alive() const {
-    pollfd hung_up{fd(), 0, 0};
-    if (broken_ || ::poll(&hung_up, 1, 0) > 0) { return false; }
+    short half_closed = 0;
+#ifdef POLLRDHUP
+    half_closed = POLLRDHUP;
+#endif
+    pollfd peer{fd(), half_closed, 0};
+    ::poll(&peer, 1, 0);
+    if (broken_ || (peer.revents & ~half_closed)) { return false; }
     char byte;
-    if (::recv(fd(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) != 0) { return true; }
+    if (!peer.revents && ::recv(fd(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) != 0) {
+      return true;
+    }
     if (gone_at_ == Time::max()) {
       gone_at_ = after(milliseconds(WARMPROXY_HALF_CLOSE_GRACE));
     }
@@ -5970,8 +5977,13 @@ public:
     }
     if (shared_.aborting) {
       if (!loan_) { return Next::close; }
-      // An own route is using the socket: shutting it down ends the loan.
-      if (!socket.broken) { ::shutdown(socket.fd.get(), SHUT_RDWR); }
+      // An own route is using the socket. Disconnecting it ends the loan, by a
+      // reset (on Linux), which no client takes for the end of a response.
+      const sockaddr nobody{};
+      if (!socket.broken &&
+          ::connect(socket.fd.get(), &nobody, sizeof(nobody)) != 0) {
+        ::shutdown(socket.fd.get(), SHUT_RDWR);
+      }
     }
     for (int i = 0; i < WARMPROXY_STEPS_PER_TURN; ++i) {
       if (const auto next = step()) { return *next; }

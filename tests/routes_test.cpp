@@ -442,6 +442,31 @@ TEST_CASE("own routes: a stream ends with the stop budget") {
   CHECK(client.read_to_end().find("0\r\n\r\n") == std::string::npos);
 }
 
+TEST_CASE("own routes: a stream that never writes ends with the stop budget") {
+  Gate begun;
+  std::atomic<bool> ended{true};
+  auto options = cold_target();
+  options.stop_timeout = Milliseconds(200);
+  Embedded proxy(options, [&](warmproxy::Proxy &p) {
+    p.routes("/own").Get(
+        "/own/silent", [&](const Request &, httplib::Response &res) {
+          const auto deadline = Clock::now() + patience;
+          res.set_chunked_content_provider(
+              "text/plain", [&, deadline](std::size_t, httplib::DataSink &) {
+                begun.open();
+                poll(nullptr, 0, 1);
+                ended = Clock::now() < deadline;
+                return ended.load();
+              });
+        });
+  });
+  RawClient client(proxy.port());
+  client.send("GET /own/silent HTTP/1.1\r\nHost: test\r\n\r\n");
+  begun.wait();
+  proxy.stop();
+  CHECK(ended);
+}
+
 // What server-sent events do between events.
 TEST_CASE("own routes: a stream that waits learns that nobody listens") {
   Gate ended;
@@ -467,6 +492,10 @@ TEST_CASE("own routes: a stream that waits learns that nobody listens") {
   client->send("GET /own/events HTTP/1.1\r\nHost: test\r\n\r\n");
   client->read_until("x");
   SUBCASE("the client disconnects") { client.reset(); }
+  SUBCASE("the client disconnects behind bytes that nobody reads") {
+    client->send("GET /own/events HTTP/1.1\r\nHost: test\r\n\r\n");
+    client->shutdown_write();
+  }
   SUBCASE("the client has closed its side for a while") {
     client->shutdown_write();
   }
@@ -608,6 +637,126 @@ TEST_CASE("pre-routing: handled requests do not start the target") {
   CHECK(proxy.status().state == "cold");
   CHECK(client.get("/pid", "Authorization: Basic eA==\r\n").status == 200);
   CHECK(proxy.status().state == "up");
+}
+
+TEST_CASE("own routes: a stream that is aborted does not look complete") {
+  auto options = cold_target();
+  options.stop_timeout = Milliseconds(200);
+  bool silent = false;
+  SUBCASE("while it writes") {}
+  SUBCASE("while it waits") { silent = true; }
+  Embedded proxy(options, [&](warmproxy::Proxy &p) {
+    p.routes("/own").Get(
+        "/own/stream", [&](const Request &, httplib::Response &res) {
+          res.set_content_provider( // which ends with the connection
+              "text/plain", [&](std::size_t at, httplib::DataSink &sink) {
+                poll(nullptr, 0, 1);
+                if (at == 0 || !silent) { sink.write("x", 1); }
+                return true;
+              });
+        });
+  });
+  RawClient client(proxy.port());
+  client.send("GET /own/stream HTTP/1.1\r\nHost: test\r\n\r\n");
+  client.read_until("x");
+  proxy.stop();
+  client.read_to_end();
+  CHECK(client.was_reset());
+}
+
+// Or its client would send the next request to a connection that is closing.
+TEST_CASE("limits: a connection that has to make room says so in a response") {
+  Gate entered_first, first, entered_second, second;
+  const auto loops = std::clamp<std::size_t>(
+      std::thread::hardware_concurrency(), 1, WARMPROXY_MAX_LOOPS);
+  auto options = fake_target();
+  options.max_connections = 2 * loops; // two in each event loop
+  Embedded proxy(options, [&](warmproxy::Proxy &p) {
+    add_routes(p);
+    p.set_pre_routing_handler([&](const Request &req, httplib::Response &) {
+      if (req.path == "/pid") { return HandlerResponse::Unhandled; }
+      // These block their event loop.
+      if (req.path == "/first") {
+        entered_first.open();
+        first.wait();
+      }
+      if (req.path == "/second") {
+        entered_second.open();
+        second.wait();
+      }
+      return HandlerResponse::Handled;
+    });
+  });
+  std::list<RawClient> clients;
+  for (std::size_t i = 0; i < 2 * loops; ++i) {
+    clients.emplace_back(proxy.port());
+    CHECK(clients.back().get(i == 0 ? "/pid" : "/").status == 200);
+  }
+  // These are in the first event loop, which accepts the newcomer, too.
+  auto &evicted = clients.front();
+  auto &other = *std::next(clients.begin(), static_cast<long>(loops));
+  other.send("GET /first HTTP/1.1\r\nHost: test\r\n\r\n");
+  entered_first.wait();
+  RawClient newcomer(proxy.port());
+  newcomer.send("GET /second HTTP/1.1\r\nHost: test\r\n\r\n");
+  first.open();
+  entered_second.wait();
+  std::string path;
+  SUBCASE("of the target") { path = "/pid"; }
+  SUBCASE("of the pre-routing handler") { path = "/"; }
+  SUBCASE("of an own route") { path = "/own/hello"; }
+  evicted.send("GET " + path + " HTTP/1.1\r\nHost: test\r\n\r\n");
+  second.open();
+  const auto response = evicted.read_response();
+  CHECK(response.status == 200);
+  CHECK(response.header("Connection") == "close");
+  CHECK(evicted.at_end());
+  CHECK(newcomer.read_response().status == 200);
+}
+
+// It was idle when it was chosen.
+TEST_CASE("limits: a connection that is used meanwhile makes room later") {
+  const auto loops = std::clamp<std::size_t>(
+      std::thread::hardware_concurrency(), 1, WARMPROXY_MAX_LOOPS);
+  if (loops < 2) { return; } // while one is blocked, another one accepts
+  TemporaryDirectory directory;
+  const auto gate = directory / "gate";
+  Gate entered, go_on;
+  auto options = fake_target();
+  options.max_connections = 2 * loops; // two in each event loop
+  Embedded proxy(options, [&](warmproxy::Proxy &p) {
+    p.set_pre_routing_handler([&](const Request &req, httplib::Response &) {
+      if (req.has_header("Block")) {
+        entered.open();
+        go_on.wait();
+      }
+      return req.path == "/sse" ? HandlerResponse::Unhandled
+                                : HandlerResponse::Handled;
+    });
+  });
+  std::vector<std::unique_ptr<RawClient>> clients;
+  for (std::size_t i = 0; i < 2 * loops; ++i) {
+    clients.push_back(std::make_unique<RawClient>(proxy.port()));
+    CHECK(clients.back()->get("/").status == 200);
+  }
+  // Both are in the second event loop.
+  auto &chosen = *clients[1], &other = *clients[loops + 1];
+  for (const auto &client : clients) {
+    if (client.get() != &chosen) { CHECK(client->get("/").status == 200); }
+  }
+  other.send("GET /sse?n=2&gate=/never HTTP/1.1\r\nHost: test\r\n"
+             "Block: 1\r\n\r\n");
+  entered.wait();
+  chosen.send("GET /sse?n=2&gate=" + gate + " HTTP/1.1\r\nHost: test\r\n\r\n");
+  RawClient newcomer(proxy.port());
+  CHECK(newcomer.get("/").status == 200);
+  go_on.open();
+  other.read_until("data: 1\n\n");
+  chosen.read_until("data: 1\n\n");
+  write_file(gate, "");
+  chosen.read_until("0\r\n\r\n");
+  CHECK(chosen.at_end());
+  CHECK(!newcomer.readable());
 }
 
 // A handler that looks at credentials must see what the target would.
