@@ -3270,12 +3270,15 @@ template <typename F> bool for_each_member(pid_t group, F function) {
   // It may be that of another PID namespace.
   const auto self = std::filesystem::read_symlink("/proc/self", error);
   if (self != decimal(::getpid())) { return false; }
-  for (const auto &name : names_in("/proc", error)) {
+  const auto names = names_in("/proc", error);
+  if (error) { return false; } // we may lack descriptors
+  for (const auto &name : names) {
     pid_t pid = 0;
     if (!to_number(name, pid) || ::getpgid(pid) != group) { continue; }
     const auto text = read_start(concat("/proc/", name, "/stat"));
     const auto end = text.rfind(") "); // the program's name may have one, too
-    const char state = end == std::string::npos ? 'X' : text[end + 2];
+    // What cannot be read may be alive.
+    const char state = end == std::string::npos ? '?' : text[end + 2];
     // Where only its first thread has ended, the others still hold its sockets.
     const bool is_zombie =
         state == 'Z' &&

@@ -5,7 +5,10 @@
 
 #include <doctest/doctest.h>
 
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <sys/mount.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/utsname.h>
 
@@ -364,6 +367,18 @@ TEST_CASE("scratch: a rollback finds the earlier copy") {
   CHECK(read_file(first + "/rows") == "written");
 }
 
+TEST_CASE("scratch: earlier copies, and nothing else, are named in the log") {
+  Site site;
+  const auto first = site.copy();
+  const auto other = site.scratch + "/sixteen-letters!"; // as long as theirs
+  std::filesystem::create_directory(other);
+  write_file(site.app + "/new", "");
+  CHECK(site.copy() != first);
+  const std::string line = "an earlier scratch copy is left where it is: ";
+  CHECK(site.logged(line + first));
+  CHECK_FALSE(site.logged(line + other));
+}
+
 TEST_CASE("scratch: a link that became a file leaves its target alone") {
   Site site;
   const auto outside = site.directory / "outside";
@@ -387,6 +402,8 @@ TEST_CASE("scratch: a relative link that leads out is made absolute") {
   symlink("../a/inside", (site.app + "/a/in").c_str());
   symlink("../a/./inside", (site.app + "/a/deep/in").c_str());
   symlink("deep/er", (site.app + "/a/short").c_str());
+  symlink("../..", (site.app + "/a/above").c_str());
+  symlink("../..", (site.app + "/a/deep/root").c_str());
   // As text, this leads out; the kernel resolves `short` first.
   symlink("a/short/../../inside", (site.app + "/through").c_str());
   symlink("/etc/passwd", (site.app + "/absolute").c_str());
@@ -395,6 +412,8 @@ TEST_CASE("scratch: a relative link that leads out is made absolute") {
   const auto copy = site.copy();
   CHECK(link_of(copy + "/a/out") == site.app + "/a/../../outside");
   CHECK(read_file(copy + "/a/out") == "o");
+  CHECK(link_of(copy + "/a/above") == site.app + "/a/../..");
+  CHECK(link_of(copy + "/a/deep/root") == "../..");
   CHECK(link_of(copy + "/a/in") == "../a/inside");
   CHECK(link_of(copy + "/a/deep/in") == "../a/./inside");
   CHECK(link_of(copy + "/through") == "a/short/../../inside");
@@ -427,6 +446,31 @@ TEST_CASE("scratch: below the directory it is left out") {
   CHECK(site.copy() == copy);
   site.config.scratch = site.app;
   CHECK(contains(site.refusal(), "is the directory that is to be copied"));
+}
+
+// NFS refuses the lock of a folder, since that cannot be opened for writing.
+TEST_CASE("scratch: where a folder cannot be locked") {
+  Site site;
+  std::string made;
+  std::thread([&] { // of which alone flock(2) fails
+    sock_filter program[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_flock, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EBADF),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
+    const sock_fprog filter{4, program};
+    prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+    if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) == 0) {
+      made = site.refusal();
+    }
+  })
+      .join();
+  if (made.empty()) {
+    MESSAGE("skipped: no seccomp");
+    return;
+  }
+  CHECK(made == "made " + site.copy());
+  CHECK(site.count() == 1);
 }
 
 TEST_CASE("scratch: a full disk is named, and nothing is left of the copy") {
@@ -920,6 +964,25 @@ TEST_CASE("stop: SIGTERM goes to the target alone at first") {
   CHECK(run.process.exit_text() == "exited with status 5");
 }
 
+// A second one ends many servers at once.
+TEST_CASE("stop: the rest of the group gets its SIGTERM without the target") {
+  Run run;
+  const auto heard = run.directory / "heard", child = run.directory / "child";
+  run.config.args = {"-c", "trap 'echo term >> " + heard +
+                               "' TERM\n"
+                               "sh -c 'trap \"echo term >> " +
+                               child +
+                               "; exit 0\" TERM; while :; do sleep 0.01; done' "
+                               "& echo ready >> " +
+                               heard + "; while :; do sleep 0.01; done"};
+  REQUIRE(run.start() == "");
+  REQUIRE(support::wait_for([&] { return read_file(heard) == "ready\n"; }));
+  run.stop(Milliseconds(2000));
+  CHECK(read_file(child) == "term\n");
+  CHECK(read_file(heard) == "ready\nterm\n");
+  CHECK(run.process.exit_text() == "was killed by signal 9");
+}
+
 // A launcher may pass it on and exit before the server does.
 TEST_CASE("stop: the rest of the group has a while before its own SIGTERM") {
   Run run;
@@ -1003,6 +1066,17 @@ TEST_CASE("stop: a target that may not be signalled is given up") {
 }
 
 // ---- What it listens on
+
+TEST_CASE("members: without descriptors nobody knows them" *
+          doctest::skip(support::sanitized)) {
+  rlimit before{};
+  getrlimit(RLIMIT_NOFILE, &before);
+  const rlimit none{0, before.rlim_max};
+  setrlimit(RLIMIT_NOFILE, &none);
+  const bool listed = for_each_member(getpgrp(), [](pid_t) {});
+  setrlimit(RLIMIT_NOFILE, &before);
+  CHECK_FALSE(listed);
+}
 
 // Its other threads hold its sockets until they have ended, too.
 TEST_CASE("members: a process of which only the first thread has ended" *
