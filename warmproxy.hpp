@@ -3906,7 +3906,8 @@ public:
   };
 
   // `notify` is called from any thread when pending requests should ask again,
-  // and `close_idle` from the supervisor's before the target is asked to stop.
+  // and `close_idle` from the supervisor's before the target is asked to stop,
+  // and when it refuses connections.
   // Throws std::system_error.
   Supervisor(const Config &config, const Log &log, std::function<void()> notify,
              std::function<void()> close_idle)
@@ -4335,6 +4336,7 @@ private:
   // connections may be reloading, and has as long as a start may take.
   void watch() {
     auto refusing_since = Time::max();
+    Time close_idle_at{};
     while (!stopping_) {
       const auto now = RunningClock::now();
       auto until = Time::max();
@@ -4349,6 +4351,11 @@ private:
         continue;
       } else {
         if (!process_.started()) { return; }
+        // It may be shutting down and waiting for its connections to close.
+        if (now >= close_idle_at) {
+          close_idle_();
+          close_idle_at = later(now, seconds(1));
+        }
         refusing_since = std::min(refusing_since, now);
         if (now >= later(refusing_since, config_.startup_timeout)) {
           if (!on_refusal_timeout()) { return; }

@@ -52,9 +52,9 @@ const char *const help = R"(fake [option]...
   --fork-worker        forks a child that ignores SIGTERM and does nothing
   --ignore-term        ignores SIGTERM
   --term-delay MS      exits with status 0 this time after SIGTERM
-  --polite             on SIGTERM, ends event streams and tunnels, waits until
-                       all connections are closed and exits with status 0; a
-                       second SIGTERM ends it at once
+  --polite             on SIGTERM, listens no more, ends event streams and
+                       tunnels, waits until all connections are closed and exits
+                       with status 0; a second SIGTERM ends it at once
   --term-file PATH     appends "SIGTERM" for each, and "exit" at a polite exit
   --launcher           serves in a child, and passes SIGTERM on to it
   --backlog N          the backlog of listen(2)
@@ -604,6 +604,7 @@ void exit_late(long ms) {
 
 void exit_politely(long) {
   ending = true;
+  shutdown(listener, SHUT_RDWR);
   while (open_connections > 0) {
     wait_ms(5);
   }

@@ -64,6 +64,26 @@ std::string described(const Response &response) {
 
 } // namespace
 
+// As somebody else restarts it: it may wait until its connections are closed,
+// which only we can do.
+TEST_CASE("restart: a target that shuts itself down is not kept from it") {
+  RunningProxy proxy(fake_target({"--polite"}));
+  RawClient first(proxy.port()), second(proxy.port()), slow(proxy.port());
+  CHECK(first.post("/echo", "x").status == 200); // it is private from now on
+  SUBCASE("by connections that are idle") {}
+  SUBCASE("by a connection that becomes idle later") {
+    slow.send("GET /slow?ms=1000 HTTP/1.1\r\nHost: test\r\n\r\n");
+    CHECK(wait_for([&] { return proxy.status().in_flight == 1; }));
+  }
+  const auto pid = static_cast<pid_t>(proxy.status().pid);
+  CHECK(kill(pid, SIGTERM) == 0);
+  CHECK(wait_for([&] { return !listening(proxy.status().port); }));
+  second.send("GET /pid HTTP/1.1\r\nHost: test\r\n\r\n");
+  // Long before the idle connection would be closed anyway.
+  CHECK(second.read_response(false, Milliseconds(10000)).status == 200);
+  CHECK(proxy.status().pid != pid);
+}
+
 TEST_CASE("restart: no GET is lost when the target is killed every second") {
   RunningProxy proxy(fake_target());
   std::atomic<std::uint64_t> served{0}, failed{0}, waited{0};
