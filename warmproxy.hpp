@@ -1933,6 +1933,17 @@ public:
       if (!write_text(text)) { dropped_ += dropped + 1; }
     } catch (...) {} // a failure to log must not end the caller
   }
+  // For what may occur with every request: logs each distinct line, given in
+  // parts, once, and at most 100 of them.
+  template <typename... Parts> void once(const Parts &...parts) const {
+    try {
+      const auto line = concat(parts...);
+      std::unique_lock<std::mutex> lock(mutex_);
+      if (logged_.size() == 100 || !logged_.insert(line).second) { return; }
+      lock.unlock();
+      (*this)(line);
+    } catch (...) {}
+  }
 
 private:
   // In one call, so that lines of several threads and the target do not mix.
@@ -1948,6 +1959,8 @@ private:
   const std::function<void(std::string_view)> function_;
   Descriptor own_;
   mutable std::atomic<std::size_t> dropped_{0};
+  mutable std::mutex mutex_; // of logged_
+  mutable std::set<std::string> logged_;
 };
 
 using SteadyClock = std::chrono::steady_clock;
@@ -2350,13 +2363,18 @@ public:
   virtual ~Task() = default;
   virtual Next run() = 0;
   virtual Time deadline() const = 0;
-  // Called before run() after Loop::post() and Loop::resume().
+  // Called before run() after Loop::resume().
   virtual void resumed() {}
 
 private:
   friend class Loop;
+  using Timers = std::multimap<Time, Task *>;
+
   std::list<std::unique_ptr<Task>>::iterator self_;
-  Time scheduled_ = Time::max();
+  // Holds the task's timer while it is not scheduled; Loop::timers_ does
+  // otherwise. Moving the node allocates nothing, so it cannot fail.
+  Timers not_scheduled_{{Time::max(), this}};
+  Timers::iterator timer_ = not_scheduled_.begin();
 };
 
 // One event loop, run by one thread. The tasks posted to it are its own.
@@ -2371,7 +2389,6 @@ public:
     const std::lock_guard<std::mutex> lock(mutex_);
     posted_.push_back(std::move(task));
     posted_.back()->self_ = std::prev(posted_.end());
-    resumed_.push_back(posted_.back().get());
     ++size_;
     wake();
   }
@@ -2403,8 +2420,7 @@ public:
     if (wakeup_.socket.readable) { handle_wakeup(); }
     while (!timers_.empty() && timers_.begin()->first <= now_) {
       auto &task = *timers_.begin()->second;
-      timers_.erase(timers_.begin());
-      task.scheduled_ = Time::max();
+      unschedule(task);
       run(task);
     }
   }
@@ -2420,30 +2436,43 @@ public:
   // nothing.
   void schedule(Task &task, Time when) {
     when = std::max(when, now_ + std::chrono::nanoseconds(1)); // the next turn
-    if (when >= task.scheduled_) { return; }
-    timers_.erase({task.scheduled_, &task});
-    task.scheduled_ = when;
-    timers_.insert({when, &task});
+    if (when >= task.timer_->first) { return; }
+    unschedule(task);
+    auto node = task.not_scheduled_.extract(task.timer_);
+    node.key() = when;
+    task.timer_ = timers_.insert(std::move(node));
   }
 
   BufferPool buffers;
   std::function<void()> on_close; // called when a posted task is gone
 
 private:
+  void unschedule(Task &task) {
+    if (!task.not_scheduled_.empty()) { return; }
+    auto node = timers_.extract(task.timer_);
+    node.key() = Time::max();
+    task.timer_ = task.not_scheduled_.insert(std::move(node));
+  }
+
   void handle_wakeup() {
     wakeup_.drain();
     std::vector<Task *> resumed;
+    auto next = tasks_.end(); // of those just posted
     {
       const std::lock_guard<std::mutex> lock(mutex_);
+      if (!posted_.empty()) { next = posted_.begin(); }
       tasks_.splice(tasks_.end(), posted_);
       resumed.swap(resumed_);
+    }
+    while (next != tasks_.end()) {
+      run(**next++);
     }
     for (const auto task : resumed) {
       task->resumed();
       run(*task);
     }
     if (!notified_.exchange(false)) { return; }
-    for (auto next = tasks_.begin(); next != tasks_.end();) {
+    for (next = tasks_.begin(); next != tasks_.end();) {
       run(**next++);
     }
   }
@@ -2453,12 +2482,12 @@ private:
     try {
       next = task.run();
     } catch (const std::exception &error) { // no memory, or no room in epoll
-      log_(concat("connection aborted: ", error.what()));
+      log_.once("connection aborted: ", error.what());
     }
     if (next != Task::Next::close) {
       return schedule(task, next == Task::Next::yield ? now_ : task.deadline());
     }
-    timers_.erase({task.scheduled_, &task});
+    unschedule(task);
     tasks_.erase(task.self_); // destroys it
     --size_;
     if (on_close) { on_close(); }
@@ -2476,7 +2505,7 @@ private:
   Time now_ = RunningClock::now();
   std::vector<Socket *> events_; // of this turn; null: forgotten since
   std::list<std::unique_ptr<Task>> tasks_;
-  std::set<std::pair<Time, Task *>> timers_;
+  Task::Timers timers_;
 };
 
 // ---- Pool: idle upstream connections and the rules of reuse -----------------
@@ -2512,7 +2541,7 @@ public:
     upstream->generation = generation;
     upstream->owner = &user;
     if (!upstream->fd || !loop_.watch(*upstream)) { return {}; }
-    ++open_;
+    idle_.reserve(++open_); // release() must not throw
     limit();
     return upstream;
   }
@@ -4155,7 +4184,9 @@ private:
     std::string reason;
     try {
       const int port = endpoint_.port ? endpoint_.port : free_port();
-      if (port == 0) { fail_start("no port is free"); }
+      if (port == 0) {
+        fail_start(concat("cannot find a free port: ", error_text(errno)));
+      }
       process_.start(port, check);
       const Lock lock(mutex_);
       if (!finds_port()) { endpoint_.port = port; }
@@ -5406,20 +5437,19 @@ struct Shared {
       worker->pool.request_close_idle();
     }
   }
+  // Whether to close a connection instead of making it idle, since a request
+  // has stalled. Each stall closes one.
+  bool take_stall() {
+    auto count = stalls.load();
+    while (count > 0 && !stalls.compare_exchange_weak(count, count - 1)) {}
+    return count > 0;
+  }
   // The server of own routes for this path, or null.
   RouteServer *find_route(std::string_view path) {
     for (auto &[prefix, server] : routes) {
       if (is_below(path, prefix)) { return &server; }
     }
     return nullptr;
-  }
-  // For what may come with every response: logs a line once, and no more than
-  // 100 different ones.
-  void log_once(const std::string &line) {
-    std::unique_lock<std::mutex> lock(mutex);
-    if (logged.size() == 100 || !logged.insert(line).second) { return; }
-    lock.unlock();
-    log(line);
   }
 
   const Config config;
@@ -5432,8 +5462,7 @@ struct Shared {
   // Connections that nobody has to wait for when we drain: tunnels and event
   // streams, which the target ends, and those that merely linger.
   std::atomic<std::size_t> endless{0}, lingering{0};
-  std::mutex mutex; // of logged
-  std::set<std::string> logged;
+  std::atomic<std::size_t> stalls{0}; // for which none was closed yet
   const std::vector<std::unique_ptr<Worker>> workers;
   Supervisor supervisor; // the last member: its thread uses the others
 
@@ -5605,7 +5634,7 @@ private:
     return respond(error_reply(request_, status, reason));
   }
   bool bad_response(std::string_view reason) {
-    shared_.log_once(concat("response refused: ", reason));
+    shared_.log.once("response refused: ", reason);
     return fail(502, concat("the target's response is malformed: ", reason));
   }
 
@@ -5662,8 +5691,10 @@ private:
     if (error == ECONNREFUSED) { return no_response(); }
     // We lack descriptors, ports or memory. Idle connections hold some.
     shared_.close_idle_upstreams();
-    return fail(503,
-                concat("cannot connect to the target: ", error_text(error)));
+    const auto reason =
+        concat("cannot connect to the target: ", error_text(error));
+    shared_.log.once(reason);
+    return fail(503, reason);
   }
 
   // The upstream connection was refused or ended before a response. Only a
@@ -5690,10 +5721,14 @@ private:
   // this: a busy target is not a dead one.
   bool check_progress() {
     if (worker_.loop.now() < check_at_) { return true; }
+    if (responding_) { return end(Result::done); } // see finish_upload()
     check_interval_ = std::min<milliseconds>(check_interval_ * 2, seconds(1));
-    // A server of one connection at a time may be blocked on an idle one; again
-    // and again, as other requests make connections idle.
-    if (worker_.loop.now() >= stalled_at_) { shared_.close_idle_upstreams(); }
+    // A server of one connection at a time may be blocked on an idle one, or on
+    // one that another request is about to make idle.
+    if (worker_.loop.now() >= stalled_at_) {
+      if (!std::exchange(has_stalled_, true)) { ++shared_.stalls; }
+      shared_.close_idle_upstreams();
+    }
     if (!upload_.moved && !upstream_->writable) {
       worker_.pool.close(std::move(upstream_));
       upload_.head.clear();
@@ -5708,7 +5743,7 @@ private:
   bool write_both() {
     if (upload_.can_write() && !upload_.write()) {
       upload_.stopped = true; // yet the target may have responded before
-      if (!upload_.moved) { return no_response(); }
+      if (!upload_.moved && !responding_) { return no_response(); }
     }
     if (download_.can_write()) {
       if (!download_.write()) { return end(Result::abort); }
@@ -5720,7 +5755,24 @@ private:
       }
     }
     if (is_tunnel()) { return advance_tunnel(); }
-    return responding_ && download_.finished() ? end(Result::done) : true;
+    return responding_ && download_.finished() ? finish_upload() : true;
+  }
+
+  // The response is complete and the request is not. A target that keeps its
+  // connection has to read the rest (RFC 9112, section 9.3), and may need it.
+  // check_progress() gives up when nothing has moved for a while: the client
+  // has most likely stopped, or the target, which may also read slowly.
+  bool finish_upload() {
+    const bool hurried = shared_.draining || shared_.stalls > 0;
+    if (upload_.finished() || upload_.stopped || !upstream_lasts_ ||
+        until_close_ || upstream_->ended || !received_.empty() ||
+        (hurried && !upload_.pending())) {
+      return end(Result::done);
+    }
+    if (std::exchange(upload_.moved, false) || check_at_ == Time::max()) {
+      check_at_ = worker_.after(seconds(upload_.pending() ? 10 : 2));
+    }
+    return true;
   }
 
   // Either side of a tunnel may close while the other still sends.
@@ -5765,8 +5817,8 @@ private:
     }
     upload_.frame();
     if (!upload_.framing.malformed()) { return true; }
-    return responding_ ? end(Result::abort)
-                       : fail(400, "malformed chunk in the body");
+    if (!responding_) { return fail(400, "malformed chunk in the body"); }
+    return end(download_.finished() ? Result::done : Result::abort);
   }
 
   bool read_from_target() {
@@ -5785,7 +5837,7 @@ private:
       until_close_ = false;
       return bad_response("malformed chunk in the body");
     }
-    shared_.log_once("response aborted: malformed chunk in the body");
+    shared_.log.once("response aborted: malformed chunk in the body");
     return end(Result::abort);
   }
 
@@ -5794,6 +5846,7 @@ private:
       return received_.empty() ? no_response()
                                : bad_response("it ended within its head");
     }
+    if (download_.finished()) { return end(Result::done); }
     // A body that ends with the connection, or a tunnel. Any other is
     // truncated.
     if (!orderly || download_.framing.mode() < Framing::Mode::until_close) {
@@ -5817,7 +5870,7 @@ private:
       received_.consume(size);
       if (refusal) { return bad_response(refusal.reason); }
       for (const auto &repair : response.repairs) {
-        shared_.log_once(concat("response repaired: ", repair));
+        shared_.log.once("response repaired: ", repair);
       }
       if (response.is_switching() && !request_.upgrades()) {
         return bad_response("101 without a request for an upgrade");
@@ -5865,6 +5918,10 @@ private:
                        mode != Framing::Mode::until_close &&
                        !request_.upgrades() &&
                        (request_.method != "HEAD" || upstream_->authenticated);
+    // A client that awaits a 100 does not send the body after another response
+    // (RFC 9110, section 10.1.1).
+    upstream_lasts_ &=
+        upload_.finished() || download_.moved || !request_.find("Expect");
     keep_alive_ = request_.keep_alive && !until_close_ && upload_.finished() &&
                   !shared_.draining && !client_.is_evicted && !login_lost &&
                   (upstream_lasts_ || !client_.authenticated);
@@ -5881,7 +5938,8 @@ private:
   void release_upstream() {
     if (!upstream_lasts_ || download_.framing.corrected() ||
         !upload_.finished() || !received_.empty() || upstream_->ended ||
-        shared_.draining) {
+        shared_.draining ||
+        (!upstream_->authenticated && shared_.take_stall())) {
       return; // it is closed with the exchange
     }
     // A body may have been left unread, and a login belongs to its client:
@@ -5919,11 +5977,12 @@ private:
   Result result_ = Result::wait;
   Reply reply_;
   Time show_page_at_ = Time::max(); // the waiting page, to a browser
-  Time check_at_ = Time::max();     // check_progress() of a new connection
+  Time check_at_ = Time::max();     // when check_progress() has to look
   milliseconds check_interval_{20}; // doubles up to 1 s
   Time stalled_at_ = Time::max();   // when to close idle ones for a new one
-  bool half_closed_ = false;        // the client sends no more
-  Time gone_at_ = Time::max();      // when a half-closed client counts as gone
+  bool has_stalled_ = false;
+  bool half_closed_ = false;   // the client sends no more
+  Time gone_at_ = Time::max(); // when a half-closed client counts as gone
 };
 
 // ---- Connection: one client, one request after the other --------------------
@@ -5972,6 +6031,8 @@ public:
     port = from.port();
   }
   ~Connection() override {
+    // It was never posted, for lack of memory, and this is another thread.
+    if (!socket.owner) { return; }
     worker_.idle_clients.leave(*this);
     request_.reset();
     worker_.pool.close_private(*this);
@@ -6102,7 +6163,7 @@ private:
       return respond(*reply);
     }
     if (ignores_forwarded_https(head, config)) {
-      shared_.log_once("X-Forwarded-Proto: https ignored: the client is not "
+      shared_.log.once("X-Forwarded-Proto: https ignored: the client is not "
                        "trusted (behind a proxy that ends TLS set "
                        "WARMPROXY_TRUST_PROXY=1, or redirects may loop)");
     }
@@ -6377,25 +6438,46 @@ private:
 
   // False if others have to free descriptors or memory first.
   bool accept_one(bool full) {
-    SocketAddress address;
-    Descriptor client(::accept4(listening_.fd.get(), address.get(),
-                                &address.size, SOCK_CLOEXEC | SOCK_NONBLOCK));
-    if (!client) {
-      listening_.readable = errno != EAGAIN;
-      return would_block(errno) || errno == ECONNABORTED;
-    }
-    const bool over_limit = full && !make_room();
-    if (over_limit) {
-      shared.log_once("too many connections, and none is idle: further ones "
-                      "get 503 (see WARMPROXY_MAX_CONNECTIONS and the limit "
-                      "on open files)");
-    }
     try {
+      SocketAddress address;
+      Descriptor client(::accept4(listening_.fd.get(), address.get(),
+                                  &address.size, SOCK_CLOEXEC | SOCK_NONBLOCK));
+      if (!client) { return on_accept_error(errno); }
+      accept_fails_since_ = Time::max();
+      const bool over_limit = full && !make_room();
+      if (over_limit) {
+        shared.log.once("too many connections, and none is idle: further ones "
+                        "get 503 (see WARMPROXY_MAX_CONNECTIONS and the limit "
+                        "on open files)");
+      }
       auto &worker = least([](const Worker &w) { return w.loop.size(); });
       worker.loop.post(std::make_unique<Connection>(worker, std::move(client),
                                                     address, over_limit));
     } catch (const std::bad_alloc &) { return false; }
     return true;
+  }
+
+  // Returns like accept_one().
+  bool on_accept_error(int error) {
+    // accept4(2) needs a descriptor even to find that nobody waits.
+    pollfd waiting{listening_.fd.get(), POLLIN, 0};
+    listening_.readable = ::poll(&waiting, 1, 0) > 0;
+    if (!listening_.readable) { accept_fails_since_ = Time::max(); }
+    if (!listening_.readable || would_block(error) || error == ECONNABORTED) {
+      return true;
+    }
+    shared.log.once("cannot accept connections: ", error_text(error));
+    // A shortage that lasts: an embedding program may have opened more files
+    // than capacity() allows for. Idle connections make room.
+    const auto now = own_loop().now();
+    accept_fails_since_ = std::min(accept_fails_since_, now);
+    const bool lacks = error == EMFILE || error == ENFILE || error == ENOBUFS ||
+                       error == ENOMEM;
+    if (lacks && now >= later(accept_fails_since_, seconds(1))) {
+      make_room();
+      shared.close_idle_upstreams();
+    }
+    return false;
   }
 
   // Evicts the client that is idle for longest. False if none is.
@@ -6410,11 +6492,13 @@ private:
 
   // How many client connections are served, and how many more are accepted to
   // get a 503; any others wait in the backlog. Of the descriptors, each loop
-  // needs three, the rest of us about 16, and a connection two.
+  // needs three and its spare upstreams, the rest of us about 16, and a
+  // connection two.
   std::pair<std::size_t, std::size_t> capacity() const {
     rlimit files{};
     ::getrlimit(RLIMIT_NOFILE, &files);
-    const rlim_t own = 16 + 3 * shared.workers.size();
+    const rlim_t own =
+        16 + (3 + WARMPROXY_SPARE_UPSTREAMS) * shared.workers.size();
     const auto room = std::max(files.rlim_cur, own) - own;
     const auto refused = std::clamp<rlim_t>(room / 4, 1, 16);
     const auto left = std::max<rlim_t>(room, refused + 2) - refused;
@@ -6458,8 +6542,9 @@ private:
 
   const pid_t owner_ = ::getpid();
   Socket listening_;
-  Time paused_until_{};  // accepting
-  std::mutex run_mutex_; // held by run() and listen()
+  Time paused_until_{};                   // accepting
+  Time accept_fails_since_ = Time::max(); // max(): it does not
+  std::mutex run_mutex_;                  // held by run() and listen()
   std::atomic<bool> has_run_{false}, over_{false};
   std::vector<std::thread> threads_; // of all loops but own_loop()
 };

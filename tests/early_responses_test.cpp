@@ -61,6 +61,63 @@ TEST_CASE("early responses: a 413 reaches a client that still sends 20 MB") {
   }
 }
 
+// RFC 9112, section 9.3: a target that keeps the connection reads on.
+TEST_CASE("early responses: the rest of the request still reaches the target") {
+  const std::size_t large = 5u << 20;
+  std::atomic<std::size_t> received{0};
+  Stage stage([&](TargetConnection &c) {
+    if (c.read_head().empty()) { return; }
+    c.send(ok("accepted"));
+    received = c.read_exact(large).size();
+    c.read_to_end();
+  });
+  RawClient client(stage.port());
+  client.send("POST / HTTP/1.1\r\nHost: test\r\nContent-Length: " +
+              std::to_string(large) + "\r\n\r\n");
+  CHECK(client.read_response().body == "accepted");
+  CHECK(client.send_generated(large));
+  CHECK(client.read_to_end() == "");
+  CHECK(wait_for([&] { return received == large; }));
+}
+
+// They send no more, and wait for the end or for their next turn.
+TEST_CASE("early responses: nobody waits for a body that will not come") {
+  Gate answered;
+  Stage stage([&](TargetConnection &c) {
+    if (c.read_head().empty()) { return; }
+    c.send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+           "5\r\nearly\r\n0\r\n\r\n");
+    c.read_to_end();
+    answered.open();
+  });
+  std::string head = "POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 9\r\n";
+  SUBCASE("a client that awaits a 100") { head += "Expect: 100-continue\r\n"; }
+  SUBCASE("an HTTP/1.0 client, which awaits the end") {
+    head = "POST / HTTP/1.0\r\nHost: test\r\nContent-Length: 9\r\n";
+  }
+  RawClient client(stage.port());
+  client.send(head + "\r\n");
+  CHECK(client.read_until("early") != "");
+  answered.wait(); // the client's side is still open
+  client.read_to_end();
+  CHECK(!client.was_reset());
+}
+
+TEST_CASE("early responses: a malformed chunk after the response is no error") {
+  Stage stage([](TargetConnection &c) {
+    if (c.read_head().empty()) { return; }
+    c.send(ok("early"));
+    c.read_to_end();
+  });
+  RawClient client(stage.port());
+  client.send("POST / HTTP/1.1\r\nHost: test\r\n"
+              "Transfer-Encoding: chunked\r\n\r\n");
+  CHECK(client.read_response().body == "early");
+  client.send("what?\r\n" + std::string(300000, 'x'));
+  CHECK(client.read_to_end() == "");
+  CHECK(!client.was_reset());
+}
+
 TEST_CASE("early responses: the connection is closed after the response") {
   Stage stage([](TargetConnection &c) {
     if (c.read_head().empty()) { return; }

@@ -6,6 +6,18 @@
 
 using namespace support;
 
+namespace {
+
+// How many lines the proxy has logged that contain `text`.
+auto lines_with(const ServeProcess &proxy, const std::string &text) {
+  const auto lines = lines_of(proxy.err());
+  return std::count_if(lines.begin(), lines.end(), [&](const auto &line) {
+    return line.find(text) != std::string::npos;
+  });
+}
+
+} // namespace
+
 TEST_CASE("limits: a request head over 64 KB is refused") {
   Stage stage(answering(ok()));
   const std::string start = "GET / HTTP/1.1\r\nHost: test\r\n";
@@ -130,7 +142,7 @@ TEST_CASE("limits: 256 descriptors" * doctest::skip(sanitized)) {
   const std::string wait = "GET /slow?ms=500 HTTP/1.1\r\nHost: test\r\n\r\n";
   CHECK(get(proxy.port(), "/pid").status == 200);
   const auto calm = open_fds(proxy.pid());
-  std::size_t good = 0, told = 0;
+  std::size_t good = 0, told = 0, unconnected = 0;
   std::list<RawClient> clients;
   for (int i = 0; i < 300; ++i) {
     clients.emplace_back(proxy.port());
@@ -142,6 +154,7 @@ TEST_CASE("limits: 256 descriptors" * doctest::skip(sanitized)) {
     if (response.status == 200) { ++good; }
     if (response.status == 503) {
       ++told;
+      unconnected += response.body != "warmproxy: too many connections\n";
       CHECK(response.header("Retry-After") != "");
     }
     client.close(); // makes room for the next
@@ -150,6 +163,8 @@ TEST_CASE("limits: 256 descriptors" * doctest::skip(sanitized)) {
   CHECK(good + told == 300);
   CHECK(good >= 80);
   CHECK(told >= 1);
+  // Most of those who are accepted have descriptors for both connections.
+  CHECK(unconnected < good / 4);
   CHECK(wait_for([&] { return open_fds(proxy.pid()) <= calm; }));
   serves(proxy);
 }
@@ -230,6 +245,83 @@ TEST_CASE("limits: no descriptor is left for a client connection") {
   CHECK(outside.read_response().status == 200);
 }
 
+// The program around a Proxy may open many files itself.
+TEST_CASE("limits: a lasting shortage of descriptors closes idle connections" *
+          doctest::skip(sanitized)) { // UBSan needs one itself
+  rlimit before{};
+  getrlimit(RLIMIT_NOFILE, &before);
+  const rlimit low{250, before.rlim_max};
+  setrlimit(RLIMIT_NOFILE, &low);
+  {
+    std::atomic<int> lines{0};
+    auto options = fake_target();
+    options.log = [&](std::string_view line) {
+      lines += line.find("cannot accept connections: Too many open") == 0;
+    };
+    RunningProxy proxy(options);
+    std::list<RawClient> idle;
+    for (int i = 0; i < 4; ++i) {
+      idle.emplace_back(proxy.port());
+      CHECK(idle.back().post("/echo", "x").status == 200);
+    }
+    std::vector<int> others;
+    for (int i = 0; i < 3; ++i) {
+      for (int fd = dup(0); fd >= 0; fd = dup(0)) {
+        others.push_back(fd);
+      }
+      close(others.back()); // for our side of the connection
+      others.pop_back();
+      CHECK(get(proxy.port(), "/pid").status == 200);
+    }
+    CHECK(idle.front().at_end());
+    CHECK(lines == 1);
+    for (const int fd : others) {
+      close(fd);
+    }
+  }
+  setrlimit(RLIMIT_NOFILE, &before);
+}
+
+TEST_CASE("limits: no descriptor is left for finding a port" *
+          doctest::skip(sanitized)) {
+  Watched proxy(serve_fake());
+  RawClient client(proxy.port());
+  CHECK(client.get("/-/status").status == 200);
+  const auto most = std::to_string(hard_limit(proxy.pid(), RLIMIT_NOFILE));
+  limit(proxy.pid(), "nofile=" + next_fd(proxy.pid()));
+  CHECK(client.get("/pid").status == 502);
+  CHECK(proxy.printed("cannot find a free port: Too many open files"));
+  limit(proxy.pid(), "nofile=" + most);
+  CHECK(wait_for([&] { return client.get("/pid").status == 200; }));
+}
+
+// A failed allocation costs one connection at most.
+TEST_CASE("limits: no memory is left for client connections" *
+          doctest::skip(!on_linux || sanitized)) {
+  for (const int room : {100, 1000, 3000}) { // in KB
+    CAPTURE(room);
+    ServeProcess proxy(serve_fake());
+    CHECK(get(proxy.port(), "/pid").status == 200);
+    const auto used = proc_status(proxy.pid(), "VmSize") + room;
+    limit(proxy.pid(), "as=" + std::to_string(used * 1024));
+    std::list<RawClient> clients;
+    for (int i = 0; i < 300; ++i) {
+      clients.emplace_back(proxy.port());
+      clients.back().send("GET / HTTP/1.1\r\nHost: test\r\nA: " +
+                          std::string(30000, 'a'));
+    }
+    CHECK(rests(proxy.pid()));
+    clients.clear();
+    CHECK(wait_for([&] {
+      try {
+        return get(proxy.port(), "/pid").status == 200;
+      } catch (const std::exception &) { return false; }
+    }));
+    proxy.signal(SIGTERM);
+    CHECK(proxy.wait() == 0);
+  }
+}
+
 // poll(2) takes no more descriptors than may be open, and UBSan needs one.
 TEST_CASE("limits: no descriptor is left for an upstream connection" *
           doctest::skip(!on_linux || sanitized)) {
@@ -250,10 +342,33 @@ TEST_CASE("limits: no descriptor is left for an upstream connection" *
   CHECK(response.body == "warmproxy: cannot connect to the target: "
                          "Too many open files\n");
   CHECK(response.header("Retry-After") != "");
+  CHECK(client.get("/pid").status == 503);
+  CHECK(lines_with(proxy, "cannot connect to the target: Too many") == 1);
   CHECK(rests(proxy.pid()));
   limit(proxy.pid(), "nofile=" + most);
   CHECK(client.get("/pid").status == 200);
   CHECK(proxy.number("starts") == 1);
+}
+
+// Those that are private to other clients hold descriptors, too.
+TEST_CASE("limits: idle upstream connections are closed when a new one finds "
+          "no descriptor" *
+          doctest::skip(!on_linux || sanitized)) {
+  auto environment = serve_fake();
+  environment["WARMPROXY_STATUS_PATH"] = "/-/status";
+  ServeProcess proxy(environment);
+  std::list<RawClient> clients;
+  for (int i = 0; i < 8; ++i) {
+    clients.emplace_back(proxy.port());
+    CHECK(clients.back().post("/echo", "x").status == 200);
+  }
+  RawClient client(proxy.port());
+  CHECK(client.get("/-/status").status == 200);
+  limit(proxy.pid(), "nofile=" + next_fd(proxy.pid()));
+  CHECK(client.get("/pid").status == 503);
+  const Milliseconds less_than_their_idle_timeout(10000);
+  CHECK(wait_for([&] { return client.get("/pid").status == 200; },
+                 less_than_their_idle_timeout));
 }
 
 TEST_CASE("limits: no process is left for the target") {
@@ -370,4 +485,32 @@ TEST_CASE("limits: a connection that only awaits its close makes room") {
     client.send("x"); // keeps it from being closed as an inactive one
     return get(proxy.port(), "/pid").status == 200;
   }));
+}
+
+// RFC 9112, section 2.2: they are not part of the request.
+TEST_CASE("limits: a request behind an empty line makes no room") {
+  auto environment = serve_fake();
+  environment["WARMPROXY_MAX_CONNECTIONS"] = "1";
+  ServeProcess proxy(environment);
+  RawClient client(proxy.port());
+  client.send(get_pid + "\r"); // read together
+  CHECK(client.read_response().status == 200);
+  client.send("\n");
+  CHECK(rests(proxy.pid())); // it has been read
+  client.send("GET /sse?n=2&gate=/never HTTP/1.1\r\nHost: test\r\n\r\n");
+  client.read_until("data: 1\n\n");
+  CHECK(get(proxy.port(), "/pid").status == 503);
+}
+
+// Few connections are accepted beyond the limit, so each must end soon.
+TEST_CASE("limits: a refused client that goes on sending is closed") {
+  auto options = fake_target();
+  options.max_connections = 1;
+  RunningProxy proxy(options);
+  RawClient stream(proxy.port());
+  stream.send("GET /sse?n=2&gate=/never HTTP/1.1\r\nHost: test\r\n\r\n");
+  stream.read_until("data: 1\n\n");
+  RawClient refused(proxy.port());
+  CHECK(refused.get("/pid").status == 503);
+  CHECK(wait_for([&] { return !refused.send("x"); }));
 }

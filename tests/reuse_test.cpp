@@ -103,6 +103,39 @@ TEST_CASE("reuse: unsolicited bytes are nobody's response") {
   }
 }
 
+// A server of one connection at a time may be blocked on it.
+TEST_CASE("reuse: after a stall, the next connection to be idle is closed") {
+  Gate asked, stalled;
+  std::atomic<bool> closed{false};
+  Stage stage([&](TargetConnection &c) {
+    const auto head = c.read_head();
+    if (head.find("/busy") != std::string::npos) {
+      asked.open();
+      stalled.wait();
+      c.send(ok("good"));
+      closed = c.read_to_end() == "";
+    } else if (head.find("/idle") != std::string::npos) {
+      c.send(ok("good"));
+      c.read_to_end(); // it is closed for the request that has stalled
+      stalled.open();
+    } else {
+      c.read_to_end(); // no response
+    }
+  });
+  RawClient busy(stage.port()), idle(stage.port());
+  busy.send("GET /busy HTTP/1.1\r\nHost: test\r\n\r\n");
+  asked.wait();
+  CHECK(idle.get("/idle").body == "good");
+  {
+    RawClient client(stage.port());
+    client.send(post_head + "body");
+    stalled.wait();
+  }
+  CHECK(busy.read_response().body == "good");
+  // Long before it would have been idle for too long.
+  CHECK(wait_for([&] { return closed.load(); }, Milliseconds(10000)));
+}
+
 TEST_CASE("reuse: no client gets another client's response") {
   Stage stage(telling());
   const auto talk = [&](int client) {
@@ -516,6 +549,30 @@ TEST_CASE("reuse: no POST is lost after an early close, whatever stays idle") {
   for (int i = 0; i < 20; ++i) {
     CHECK(client.post("/", "x").status == 200);
   }
+}
+
+// The close was seen only when the request was already on its way.
+TEST_CASE("reuse: no POST trusts a target that closed an idle connection") {
+  std::atomic<bool> closes{false};
+  Stage stage([&](TargetConnection &c) {
+    for (auto head = c.read_head(); !head.empty(); head = c.read_head()) {
+      if (closes.exchange(false)) { return; }
+      c.send(ok());
+    }
+  });
+  RawClient client(stage.port());
+  std::size_t last = 0;
+  const auto post_again = [&] {
+    CHECK(client.post("/", "").status == 200);
+    return std::exchange(last, stage.last().connection) ==
+           stage.last().connection;
+  };
+  CHECK(wait_for(post_again)); // it has been seen to keep them
+  closes = true;
+  CHECK(client.get().status == 200);
+  CHECK(stage.last().connection != last); // on a new one
+  last = stage.last().connection;
+  CHECK(!post_again());
 }
 
 TEST_CASE(
