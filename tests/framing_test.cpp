@@ -173,3 +173,20 @@ TEST_CASE("framing: a malformed chunk of the target aborts the response, or "
     }
   }
 }
+
+// A reset is for responses to HTTP/1.0 clients that are cut short.
+TEST_CASE("framing: a 502 for a malformed chunk does not end with a reset") {
+  Stage stage(
+      answering(
+          "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nwhat?\r\n"),
+      [](warmproxy::Options &options) {
+        options.keep_alive_timeout = Milliseconds(300);
+      });
+  RawClient client(stage.port());
+  const auto response =
+      client.exchange("GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n");
+  CHECK(response.status == 502);
+  CHECK(response.header("Connection") == "keep-alive");
+  CHECK(client.at_end());
+  CHECK(!client.was_reset());
+}

@@ -140,6 +140,22 @@ TEST_CASE("response head: the log says what was repaired or refused") {
   }
 }
 
+// A target may send any number of different ones.
+TEST_CASE("response head: the log has no more than a hundred such lines") {
+  Stage stage(dictated());
+  RawClient client(stage.port());
+  std::string last;
+  for (int i = 0; i < 120; ++i) {
+    last = "X-" + std::to_string(i);
+    const auto sent = start + last + " : 1\r\nContent-Length: 2\r\n\r\nok";
+    CHECK(client.exchange(dictate(sent)).header(last) == "1");
+  }
+  const auto lines = stage.proxy.log_lines();
+  CHECK(std::count_if(lines.begin(), lines.end(), [](const auto &line) {
+          return line.find("response repaired: ") != line.npos;
+        }) == 100);
+}
+
 // ---- the client's ----------------------------------------------------------
 
 // They would otherwise be waited for until the head's time limit of 30 s.

@@ -133,9 +133,28 @@ TEST_CASE("readiness: 503 until the end of the startup timeout") {
       CHECK(bad.read_response().status == 502);
     }
   }
+  // A server of one connection at a time serves nobody else before.
+  SUBCASE("is used as it is, and an open attempt is given up") {
+    std::mutex busy;
+    std::atomic<int> attempts{0};
+    ScriptedTarget target([&](TargetConnection &c) {
+      const std::lock_guard<std::mutex> lock(busy);
+      const auto head = c.read_head();
+      if (!has(head, "GET / ")) {
+        c.send(ok("served"));
+      } else if (++attempts == 1) {
+        c.send("HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n");
+      } else {
+        c.read_to_end();
+      }
+    });
+    options.target_port = target.port();
+    RunningProxy proxy(options);
+    CHECK(get(proxy.port(), "/page").body == "served");
+  }
   SUBCASE("is a failed start if connections are refused meanwhile") {
     options.args = {"--root-status", "503"};
-    options.startup_timeout = Milliseconds(1500);
+    options.startup_timeout = Milliseconds(3000);
     options.prewarm = true;
     RunningProxy proxy(options);
     CHECK(wait_for([&] {
@@ -268,6 +287,20 @@ TEST_CASE("readiness: a large first page is read to its end") {
   CHECK(get(proxy.port(), "/page").status == 200);
   CHECK(wait_for([&] { return sent.load(); }));
   CHECK(wait_for([&] { return target.open() == 0 || target.open() == 1; }));
+}
+
+TEST_CASE("readiness: a server that was there before ends before it is ready") {
+  auto options = fake_target();
+  options.target_port = free_port();
+  const auto port = std::to_string(options.target_port);
+  Process found(built("fake"), {"--port", port, "--ready-after", "600000"});
+  REQUIRE(wait_for([&] { return listening(options.target_port); }));
+  RunningProxy proxy(options);
+  RawClient client(proxy.port());
+  client.send(get_as("test"));
+  CHECK(proxy.logged("is served already"));
+  found.signal(SIGKILL);
+  CHECK(is_served(proxy, client.read_response()));
 }
 
 // ---- one attempt at a time -------------------------------------------------
@@ -597,6 +630,15 @@ TEST_CASE("readiness: any_port uses the program's single port" *
   const bool ipv6_only =
       options.args == Strings{"--host", "::1", "--port", "0"};
   CHECK((ipv6_only || get(port, "/pid").status == 200));
+}
+
+// Several ports are never chosen from, and a second one may still open.
+TEST_CASE("readiness: any_port that has not settled is not used as it is" *
+          doctest::skip(!on_linux)) {
+  auto options = any_port_target({"--port", "0", "--root-status", "503"});
+  options.startup_timeout = Milliseconds(500);
+  RunningProxy proxy(options);
+  CHECK(get(proxy.port(), "/pid").status == 504);
 }
 
 TEST_CASE("readiness: any_port is looked for anew at each start" *

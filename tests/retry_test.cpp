@@ -86,6 +86,23 @@ TEST_CASE("retry: a 408 on a reused connection is no response") {
     CHECK(client.get().status == 200);
     CHECK(client.get().status == 408);
   }
+  // It is not sent again, and the target may mean it.
+  SUBCASE("and so is one to a request that may have changed something") {
+    Stage stage([](TargetConnection &c) {
+      if (c.read_head().empty() || !c.send(ok()) || c.read_head().empty()) {
+        return;
+      }
+      c.send("HTTP/1.1 408 Late\r\nConnection: close\r\n"
+             "Content-Length: 0\r\n\r\n");
+    });
+    RawClient client(stage.port());
+    // Once the target is known to keep idle connections.
+    CHECK(wait_for([&] {
+      const auto status = client.post("/", "").status;
+      CHECK((status == 200 || status == 408));
+      return status == 408;
+    }));
+  }
   SUBCASE("and so is one on a new connection") {
     Stage stage(answering(timeout + "Content-Length: 0\r\n\r\n"));
     CHECK(get(stage.port()).status == 408);

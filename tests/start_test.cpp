@@ -139,6 +139,21 @@ TEST_CASE("start: the target learns its port") {
         std::string::npos);
 }
 
+TEST_CASE("start: a free port is picked for every start") {
+  RunningProxy proxy(fake_target());
+  CHECK(get(proxy.port(), "/pid").status == 200);
+  const auto before = proxy.status();
+  kill_one(before.pid);
+  CHECK(wait_for([&] { return proxy.status().state == "cold"; }));
+  // Somebody else takes it.
+  Process other(built("fake"), {"--port", std::to_string(before.port)});
+  CHECK(wait_for([&] { return listening(before.port); }));
+  const auto body = body_of(proxy.port(), "/pid");
+  const auto after = proxy.status();
+  CHECK(body == line_of(static_cast<pid_t>(after.pid)));
+  CHECK(after.port != before.port);
+}
+
 TEST_CASE("start: a target that listens on ::1") {
   RunningProxy proxy(fake_target({"--host", "::1"}));
   CHECK(get(proxy.port(), "/pid").status == 200);

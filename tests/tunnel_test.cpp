@@ -257,6 +257,22 @@ TEST_CASE("tunnel: a reset on one side resets the other") {
   }
 }
 
+TEST_CASE("tunnel: ends when the target takes no more, though the client does "
+          "not close") {
+  Stage stage([](TargetConnection &c) {
+    if (c.read_head().empty()) { return; }
+    c.send(switching);
+  });
+  RawClient client(stage.port());
+  client.send(websocket);
+  CHECK(client.read_response().status == 101);
+  CHECK(client.at_end());
+  CHECK(wait_for([&] {
+    client.send("is anybody there?");
+    return stage.proxy.status().in_flight == 0;
+  }));
+}
+
 // Or it would hold the next stop, and keep the next target from being idle.
 TEST_CASE("tunnel: ends with the target, though the client does not close") {
   RunningProxy proxy(fake_target());
