@@ -5760,8 +5760,9 @@ private:
 
   // The response is complete and the request is not. A target that keeps its
   // connection has to read the rest (RFC 9112, section 9.3), and may need it.
-  // check_progress() gives up when nothing has moved for a while: the client
-  // has most likely stopped, or the target, which may also read slowly.
+  // check_progress() gives up when nothing has moved for 2 s, since the client
+  // has most likely stopped; for 10 s if it is up to the target, which may only
+  // be slow.
   bool finish_upload() {
     const bool hurried = shared_.draining || shared_.stalls > 0;
     if (upload_.finished() || upload_.stopped || !upstream_lasts_ ||
@@ -6461,7 +6462,7 @@ private:
   bool on_accept_error(int error) {
     // accept4(2) needs a descriptor even to find that nobody waits.
     pollfd waiting{listening_.fd.get(), POLLIN, 0};
-    listening_.readable = ::poll(&waiting, 1, 0) > 0;
+    listening_.readable = error != EAGAIN && ::poll(&waiting, 1, 0) > 0;
     if (!listening_.readable) { accept_fails_since_ = Time::max(); }
     if (!listening_.readable || would_block(error) || error == ECONNABORTED) {
       return true;

@@ -265,12 +265,27 @@ TEST_CASE("limits: a lasting shortage of descriptors closes idle connections" *
       CHECK(idle.back().post("/echo", "x").status == 200);
     }
     std::vector<int> others;
-    for (int i = 0; i < 3; ++i) {
+    const auto leave = [&](int descriptors) {
       for (int fd = dup(0); fd >= 0; fd = dup(0)) {
         others.push_back(fd);
       }
-      close(others.back()); // for our side of the connection
-      others.pop_back();
+      for (; descriptors > 0; --descriptors) {
+        close(others.back());
+        others.pop_back();
+      }
+    };
+    {
+      leave(2); // for both sides of this connection
+      RawClient last(proxy.port());
+      CHECK(wait_for([&] { return proxy.status().connections == 5; }));
+      // Nobody waits for a descriptor.
+      CHECK(!wait_for([&] { return idle.front().readable(); },
+                      Milliseconds(1500)));
+      CHECK(lines == 0);
+    }
+    for (std::size_t left = 4; left > 1; --left) {
+      CHECK(wait_for([&] { return proxy.status().connections <= left; }));
+      leave(1); // for our side
       CHECK(get(proxy.port(), "/pid").status == 200);
     }
     CHECK(idle.front().at_end());
