@@ -1905,6 +1905,18 @@ inline void reset_on_close(int fd) {
   ::setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now));
 }
 
+// Ends a connection that another thread may be using; on Linux by a reset,
+// which no peer takes for the end of a response.
+inline void disconnect(int fd) {
+#if defined(__linux__) && defined(SYS_connect)
+  // As connect(2) to AF_UNSPEC does. ThreadSanitizer would take that for the
+  // start of another socket.
+  const sockaddr nobody{};
+  if (::syscall(SYS_connect, fd, &nobody, sizeof(nobody)) == 0) { return; }
+#endif
+  ::shutdown(fd, SHUT_RDWR);
+}
+
 // Log lines, from any thread. Never throws. With the default, a pipe or
 // terminal that is full does not block: the lines are dropped and counted.
 class Log {
@@ -6049,13 +6061,8 @@ public:
     }
     if (shared_.aborting) {
       if (!loan_) { return Next::close; }
-      // An own route is using the socket. Disconnecting it ends the loan, by a
-      // reset (on Linux), which no client takes for the end of a response.
-      const sockaddr nobody{};
-      if (!socket.broken &&
-          ::connect(socket.fd.get(), &nobody, sizeof(nobody)) != 0) {
-        ::shutdown(socket.fd.get(), SHUT_RDWR);
-      }
+      // An own route is using the socket: disconnecting it ends the loan.
+      if (!socket.broken) { disconnect(socket.fd.get()); }
     }
     for (int i = 0; i < WARMPROXY_STEPS_PER_TURN; ++i) {
       if (const auto next = step()) { return *next; }
