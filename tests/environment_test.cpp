@@ -88,11 +88,14 @@ TEST_CASE("environment: what would mislead the target is not inherited") {
 
 // In the background of our session it would be stopped, should it use the
 // terminal.
-TEST_CASE("environment: the target has a session of its own") {
+TEST_CASE("environment: the target has a process group of its own, and where "
+          "there is a terminal a session") {
   RunningProxy proxy(fake_target());
   const auto pid = static_cast<pid_t>(std::stol(body_of(proxy.port(), "/pid")));
-  CHECK(getsid(pid) == pid);
+  const int terminal = open("/dev/tty", O_RDONLY | O_CLOEXEC);
+  CHECK(getsid(pid) == (terminal >= 0 ? pid : getsid(0)));
   CHECK(getpgid(pid) == pid);
+  if (terminal >= 0) { close(terminal); }
 }
 
 TEST_CASE("environment: Options::env adds and overrides") {
