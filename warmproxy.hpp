@@ -2448,11 +2448,7 @@ public:
   // nothing.
   void schedule(Task &task, Time when) {
     when = std::max(when, now_ + std::chrono::nanoseconds(1)); // the next turn
-    if (when >= task.timer_->first) { return; }
-    unschedule(task);
-    auto node = task.not_scheduled_.extract(task.timer_);
-    node.key() = when;
-    task.timer_ = timers_.insert(std::move(node));
+    if (when < task.timer_->first) { move_timer(task, timers_, when); }
   }
 
   BufferPool buffers;
@@ -2460,10 +2456,13 @@ public:
 
 private:
   void unschedule(Task &task) {
-    if (!task.not_scheduled_.empty()) { return; }
-    auto node = timers_.extract(task.timer_);
-    node.key() = Time::max();
-    task.timer_ = task.not_scheduled_.insert(std::move(node));
+    move_timer(task, task.not_scheduled_, Time::max());
+  }
+  void move_timer(Task &task, Task::Timers &to, Time when) {
+    auto &from = task.not_scheduled_.empty() ? timers_ : task.not_scheduled_;
+    auto node = from.extract(task.timer_);
+    node.key() = when;
+    task.timer_ = to.insert(std::move(node));
   }
 
   void handle_wakeup() {
@@ -3949,8 +3948,7 @@ public:
 
   // `notify` is called from any thread when pending requests should ask again,
   // and `close_idle` from the supervisor's before the target is asked to stop,
-  // and when it refuses connections.
-  // Throws std::system_error.
+  // and when it refuses connections. Throws std::system_error.
   Supervisor(const Config &config, const Log &log, std::function<void()> notify,
              std::function<void()> close_idle)
       : config_(config), log_(log), process_(config, log),
@@ -4277,8 +4275,7 @@ private:
   }
 
   // With any_port: finds out which port is the program's. A new one has to
-  // settle.
-  // `in_use`: what opens beside the one that is used does not matter.
+  // settle. `in_use`: what opens beside the one that is used does not matter.
   void find_port(Time now, bool in_use) {
     const auto sockets = listeners_of(process_.pid());
     const auto found = only_endpoint(sockets);
