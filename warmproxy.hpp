@@ -487,6 +487,11 @@ inline std::string_view until(std::string_view text, char end) {
   return text.substr(0, text.find(end));
 }
 
+// The part behind the first `end`, or nothing.
+inline std::string_view behind(std::string_view text, char end) {
+  return text.substr(std::min(until(text, end).size() + 1, text.size()));
+}
+
 // A view of a literal, whose size the compiler knows, or of other text. Any
 // array of characters is taken for a literal, so do not pass a buffer.
 template <std::size_t N>
@@ -968,10 +973,7 @@ struct RequestHead : Head {
 
   bool upgrades() const { return !protocols.empty(); }
   std::string_view path() const { return until(request_target, '?'); }
-  std::string_view query() const {
-    const auto from = path().size() + 1;
-    return request_target.substr(std::min(from, request_target.size()));
-  }
+  std::string_view query() const { return behind(request_target, '?'); }
   bool is_safe() const { // RFC 9110, section 9.2.1
     return method == "GET" || method == "HEAD" || method == "OPTIONS" ||
            method == "TRACE";
@@ -1051,7 +1053,7 @@ inline std::optional<std::string_view> find_line(std::string_view text,
                                                  std::string_view name) {
   for (std::string_view line; take_line(text, line) != LineEnd::none;) {
     if (equals_ignore_case(until(line, ':'), name)) {
-      return trim(line.substr(std::min(name.size() + 1, line.size())));
+      return trim(behind(line, ':'));
     }
   }
   return {};
@@ -6807,9 +6809,8 @@ inline std::string validate(Options options) {
 // none; empty for all others.
 inline std::string unknown_setting(std::string_view variable) {
   const auto name = until(variable, '=');
-  const auto value =
-      variable.substr(std::min(name.size() + 1, variable.size()));
-  if (!starts_with(name, "WARMPROXY_") || is_of_service(name, value)) {
+  if (!starts_with(name, "WARMPROXY_") ||
+      is_of_service(name, behind(variable, '='))) {
     return {};
   }
   Options none;

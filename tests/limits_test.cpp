@@ -369,9 +369,7 @@ TEST_CASE("limits: no descriptor is left for an upstream connection" *
 TEST_CASE("limits: idle upstream connections are closed when a new one finds "
           "no descriptor" *
           doctest::skip(!on_linux || sanitized)) {
-  auto environment = serve_fake();
-  environment["WARMPROXY_STATUS_PATH"] = "/-/status";
-  ServeProcess proxy(environment);
+  Watched proxy(serve_fake());
   std::list<RawClient> clients;
   for (int i = 0; i < 8; ++i) {
     clients.emplace_back(proxy.port());
